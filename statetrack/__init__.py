@@ -1,0 +1,1 @@
+"""statetrack: linear RNNs that track state."""

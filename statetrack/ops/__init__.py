@@ -1,0 +1,4 @@
+"""The recurrences: pure functions on tensors."""
+
+from statetrack.ops.delta_rule import delta_rule as delta_rule
+from statetrack.ops.selective_scan import selective_scan as selective_scan
