@@ -1,0 +1,99 @@
+"""The delta rule: a state updated by products of N generalised Householder factors per token.
+
+    S <- exp(log_decay_t) S
+    S <- S + beta_tj kh_tj (v_tj - kh_tj^T S)^T,   kh = k / |k|,   for j = 1..N
+    o_t = scale S^T q_t
+
+Each factor I - beta kh kh^T has the eigenvalue 1 - beta along its key and 1 elsewhere: beta in [0, 1] keeps it in
+[0, 1] (DeltaNet as published), beta in [0, 2] in [-1, 1] (state tracking). N = 1 is DeltaNet, N > 1 DeltaProduct; with a
+scalar decay Gated DeltaNet and Gated DeltaProduct; with a decay per key channel Kimi Delta Attention.
+
+References: Yang et al., Parallelizing Linear Transformers with the Delta Rule (arXiv 2406.06484); Grazzi et al.,
+Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues, eq. 2 (2411.12537); Siems et al., DeltaProduct,
+section 4 (2502.10297); Yang et al., Gated Delta Networks (2412.06464).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from statetrack.errors import UsageError
+from statetrack.ops.checks import check_backend, check_same_dtype, check_shape, check_tensors, sequence_lengths
+from statetrack.ops.delta_rule.chunk import delta_rule_chunk
+from statetrack.ops.delta_rule.reference import delta_rule_reference
+
+
+def delta_rule(
+    q: Float[Tensor, "B T Hk K"],
+    k: Float[Tensor, "B T N Hk K"],
+    v: Float[Tensor, "B T N H V"],
+    beta: Float[Tensor, "B T N H"],
+    log_decay: Float[Tensor, "B T H"] | Float[Tensor, "B T H K"] | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Float[Tensor, "S H K V"] | None = None,
+    cu_seqlens: Int[Tensor, "S_plus_1"] | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "S H K V"]]:
+    """Apply N generalised Householder factors per token to a matrix state and read it with q.
+
+    Keys need no normalisation: each is divided by its own norm as stored (see docs/numerics.md), and a zero key is a
+    no-op. q and k may have fewer heads than v (H a multiple of Hk): value head h reads key head h // (H // Hk).
+
+    Args:
+        q: queries, read after the token's last factor.
+        k: keys, one per factor. A later factor acts on the result of the earlier ones.
+        v: values, one per factor.
+        beta: step sizes; the factor's eigenvalue is 1 - beta, so [0, 2] is the contractive range.
+        log_decay: natural logarithm of the decay that multiplies the state before the token's first factor, per head or
+            per key channel; -inf is an exact reset. Default: no decay.
+        scale: factor of the output. Default: K ** -0.5.
+        initial_state: state before the first token, one per sequence (S = B, or the number of packed sequences).
+        cu_seqlens: offsets [0, ..., T] of sequences packed along T; needs B = 1.
+        backend: "reference" (the definition), "chunk" (fast, CPU and GPU) or "auto".
+
+    Returns:
+        o in the dtype of v, and the state after each sequence's last token in float32 (float64 for float64 inputs).
+
+    Raises:
+        UsageError: a shape, dtype, device, cu_seqlens or backend that does not fit.
+    """
+    check_backend(backend, ("reference", "chunk"))
+    check_tensors(q=q, k=k, v=v, beta=beta, log_decay=log_decay, initial_state=initial_state)
+    lengths = _check_shapes(q, k, v, beta, log_decay, initial_state, cu_seqlens)
+    check_same_dtype(q=q, k=k, v=v)
+    compute = torch.float64 if torch.float64 in (q.dtype, beta.dtype) else torch.float32
+    if initial_state is None:
+        initial_state = q.new_zeros(len(lengths), v.shape[3], q.shape[-1], v.shape[-1], dtype=compute)
+    initial_state = initial_state.to(compute)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "reference":
+        cast = (x if x is None else x.to(compute) for x in (q, k, v, beta, log_decay))
+        o, state = delta_rule_reference(*cast, scale, initial_state, lengths)
+        return o.to(v.dtype), state
+    return delta_rule_chunk(q, k, v, beta, log_decay, scale, initial_state, lengths)
+
+
+def _check_shapes(q, k, v, beta, log_decay, initial_state, cu_seqlens) -> list[int]:
+    if q.ndim != 4 or k.ndim != 5 or v.ndim != 5:
+        raise UsageError(
+            "expected q [B T Hk K], k [B T N Hk K], v [B T N H V], "
+            f"got shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    B, T, Hk, K = q.shape
+    N, H, V = k.shape[2], v.shape[3], v.shape[4]
+    check_shape("k", k, (B, T, N, Hk, K), "[B T N Hk K]")
+    check_shape("v", v, (B, T, N, H, V), "[B T N H V]")
+    check_shape("beta", beta, (B, T, N, H), "[B T N H]")
+    if min(N, Hk, K, H, V) < 1 or H % Hk:
+        raise UsageError(f"v has {H} heads and k has {Hk}: the former must be a multiple of the latter (N={N}, K={K}, V={V})")
+    if log_decay is not None and tuple(log_decay.shape) not in ((B, T, H), (B, T, H, K)):
+        raise UsageError(
+            f"log_decay has shape {tuple(log_decay.shape)}, expected [B T H] = {(B, T, H)} or [B T H K] = {(B, T, H, K)}"
+        )
+    lengths = sequence_lengths(cu_seqlens, B, T)
+    if initial_state is not None:
+        check_shape("initial_state", initial_state, (len(lengths), H, K, V), "[S H K V]")
+    return lengths
