@@ -1,11 +1,11 @@
 """Decays inside a chunk: products of per-token decays between any two of its tokens, without overflow or division.
 
-With g_t = sum of log_decay up to and including token t of the chunk, every factor used is exp(g_i - g_j) with j <= i: the
-product of the decays after j up to i. A decay of exactly 0 (log_decay = -inf) is counted, not summed: a product that
-crosses it is exactly 0, any other is unaffected by it.
+With g_t = sum of log_decay up to and including token t of the chunk, every factor used is exp(g_i - g_j) with j <= i,
+the product of the decays after j up to i. A decay of exactly 0 (log_decay = -inf) is counted, not summed: a product
+that crosses it is exactly 0, any other is unaffected by it.
 
-Letters: R rows (chunks), H heads, C tokens per chunk, N factors per token, M = C N, K key dim; E = 1 (one decay per head)
-or K (one per key channel).
+Letters: R rows (chunks), H heads, C tokens per chunk, N factors per token, M = C N, K key dim; E = 1 (one decay per
+head) or K (one per key channel).
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ class KeyDecay:
             if start:
                 left, right = self._sides(a, b, start, stop)
                 out[:, :, i, : j.start] = (a[:, :, i] * left) @ (b[:, :, self._micro(past, b)] * right).mT
-            out[:, :, i, j] = torch.einsum("rhiak,rhijk,rhjbk->rhiajb", *self._tiles(a, b, here)).flatten(4, 5).flatten(2, 3)
+            out[:, :, i, j] = (
+                torch.einsum("rhiak,rhijk,rhjbk->rhiajb", *self._tiles(a, b, here)).flatten(4, 5).flatten(2, 3)
+            )
         return out.mul_(triangle(self._g.shape[2], self._factors, strict, a.device))
 
     def scores_vjp(self, d_scores: Tensor, a: Tensor, b: Tensor, strict: bool) -> tuple[Tensor, Tensor]:

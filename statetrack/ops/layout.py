@@ -16,7 +16,7 @@ from torch import Tensor
 class Block:
     """Consecutive chunks of some sequences, small enough to stay in cache.
 
-    Rows are ordered by step, then by sequence: at step i the first active[i] sequences of `sequences` still have a chunk.
+    Rows are ordered by step, then by sequence: at step i the first active[i] of `sequences` still have a chunk.
     """
 
     sequences: slice
@@ -82,7 +82,9 @@ class Chunks:
             active = int((counts > step).sum())
             n = min(steps - step, max(1, self.rows // active))
             rows = [torch.arange(int((counts > s).sum())) for s in range(step, step + n)]
-            first = torch.cat([torch.full_like(r, s * self.chunk) for s, r in zip(range(step, step + n), rows, strict=True)])
+            first = torch.cat(
+                [torch.full_like(r, s * self.chunk) for s, r in zip(range(step, step + n), rows, strict=True)]
+            )
             sequence = torch.cat(rows)
             position = first[:, None] + within
             padding = position >= lengths[sequence][:, None]

@@ -5,8 +5,8 @@
     o_t = scale S^T q_t
 
 Each factor I - beta kh kh^T has the eigenvalue 1 - beta along its key and 1 elsewhere: beta in [0, 1] keeps it in
-[0, 1] (DeltaNet as published), beta in [0, 2] in [-1, 1] (state tracking). N = 1 is DeltaNet, N > 1 DeltaProduct; with a
-scalar decay Gated DeltaNet and Gated DeltaProduct; with a decay per key channel Kimi Delta Attention.
+[0, 1] (DeltaNet as published), beta in [0, 2] in [-1, 1] (state tracking). N = 1 is DeltaNet, N > 1 DeltaProduct; with
+a scalar decay Gated DeltaNet and Gated DeltaProduct; with a decay per key channel Kimi Delta Attention.
 
 References: Yang et al., Parallelizing Linear Transformers with the Delta Rule (arXiv 2406.06484); Grazzi et al.,
 Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues, eq. 2 (2411.12537); Siems et al., DeltaProduct,
@@ -34,7 +34,7 @@ def delta_rule(
     *,
     scale: float | None = None,
     initial_state: Float[Tensor, "S H K V"] | None = None,
-    cu_seqlens: Int[Tensor, "S_plus_1"] | None = None,
+    cu_seqlens: Int[Tensor, "offsets"] | None = None,
     backend: str = "auto",
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "S H K V"]]:
     """Apply N generalised Householder factors per token to a matrix state and read it with q.
@@ -68,10 +68,12 @@ def delta_rule(
     if initial_state is None:
         initial_state = q.new_zeros(len(lengths), v.shape[3], q.shape[-1], v.shape[-1], dtype=compute)
     initial_state = initial_state.to(compute)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        scale = float(q.shape[-1] ** -0.5)
     if backend == "reference":
-        cast = (x if x is None else x.to(compute) for x in (q, k, v, beta, log_decay))
-        o, state = delta_rule_reference(*cast, scale, initial_state, lengths)
+        log_decay = None if log_decay is None else log_decay.to(compute)
+        cast = q.to(compute), k.to(compute), v.to(compute), beta.to(compute)
+        o, state = delta_rule_reference(*cast, log_decay, scale, initial_state, lengths)
         return o.to(v.dtype), state
     return delta_rule_chunk(q, k, v, beta, log_decay, scale, initial_state, lengths)
 
@@ -88,10 +90,13 @@ def _check_shapes(q, k, v, beta, log_decay, initial_state, cu_seqlens) -> list[i
     check_shape("v", v, (B, T, N, H, V), "[B T N H V]")
     check_shape("beta", beta, (B, T, N, H), "[B T N H]")
     if min(N, Hk, K, H, V) < 1 or H % Hk:
-        raise UsageError(f"v has {H} heads and k has {Hk}: the former must be a multiple of the latter (N={N}, K={K}, V={V})")
+        raise UsageError(
+            f"v has {H} heads and k has {Hk}: the former must be a multiple of the latter (N={N}, K={K}, V={V})"
+        )
     if log_decay is not None and tuple(log_decay.shape) not in ((B, T, H), (B, T, H, K)):
         raise UsageError(
-            f"log_decay has shape {tuple(log_decay.shape)}, expected [B T H] = {(B, T, H)} or [B T H K] = {(B, T, H, K)}"
+            f"log_decay has shape {tuple(log_decay.shape)}, "
+            f"expected [B T H] = {(B, T, H)} or [B T H K] = {(B, T, H, K)}"
         )
     lengths = sequence_lengths(cu_seqlens, B, T)
     if initial_state is not None:

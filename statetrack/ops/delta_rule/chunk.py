@@ -6,13 +6,13 @@ With w, n from `scaled_keys`, decay products D inside the chunk, and S the state
     o_t  = D_t0 S^T q_t + sum_j D_tj (q_t.k_j) u_j,        S <- (D_C0 I - Kw^T W) S + Kw^T Y
     W = (I + L diag(w))^-1 D_i0 K,   Y = (I + L diag(w))^-1 n v,   Kw = diag(D_Cj w) K
 
-(Yang et al., arXiv 2406.06484, section 3, with unnormalised keys and N factors per token as M = C N rows.) The inverse is
-by substitution: with eigenvalues near -1 and repeated keys the powers in a Neumann series cancel catastrophically. The
-backward keeps the inverses and the states at chunk starts, and recomputes the rest block by block, so that forward and
-backward need little more memory than inputs, outputs and gradients.
+(Yang et al., arXiv 2406.06484, section 3, with unnormalised keys and N factors per token as M = C N rows.) The inverse
+is by substitution: with eigenvalues near -1 and repeated keys the powers in a Neumann series cancel catastrophically.
+The backward keeps the inverses and the states at chunk starts, and recomputes the rest block by block, so that forward
+and backward need little more memory than inputs, outputs and gradients.
 
-Letters: B batch, T tokens, S sequences, C tokens per chunk, N factors per token, M = C N, H heads, K key dim, V value dim,
-R chunks in a block. Block tensors are [R H rows columns].
+Letters: B batch, T tokens, S sequences, C tokens per chunk, N factors per token, M = C N, H heads, K key dim, V value
+dim, R chunks in a block. Block tensors are [R H rows columns].
 """
 
 from __future__ import annotations
@@ -224,24 +224,25 @@ def _block_backward(
     dk_right += dk_more.add_(dk_end)
 
     grads = {"q": dq, "v": H * x.norm, "beta": dw / x.squared}
-    if x.decay.reset is not None:
-        grads["log_decay"] = _decay_grad(x, dq, dk_left, dk_right, dk_end, (states * d_ends).sum(-1, keepdim=True))
+    if x.decay.reset is not None and x.decay.total is not None:
+        carried = x.decay.total * (states * d_ends).sum(-1, keepdim=True)
+        grads["log_decay"] = _decay_grad(x, x.decay.reset, dq, dk_left - dk_right, dk_end, carried.squeeze(-1))
     d_norm = (H * x.v).sum(-1, keepdim=True)
     d_squared = (d_norm / x.norm).mul_(0.5).sub_(grads["beta"] * x.w)
     grads["k"] = dk_left.add_(dk_right).addcmul_(x.k, d_squared, value=2).mul_(x.power)
     return grads
 
 
-def _decay_grad(x: _Inputs, dq: Tensor, dk_left: Tensor, dk_right: Tensor, dk_end: Tensor, carried: Tensor) -> Tensor:
+def _decay_grad(x: _Inputs, reset: Tensor, dq: Tensor, dk: Tensor, dk_end: Tensor, carried: Tensor) -> Tensor:
     """Return the gradient to log_decay: what is read at i gains g_i, what is written at j loses g_j.
 
-    Every use of token i as the later one of a pair carries exp(+g_i), as the earlier one exp(-g_i); the chunk's end is a
-    reader of all of it.
+    Every use of token i as the later one of a pair carries exp(+g_i), as the earlier one exp(-g_i); the chunk's end
+    is a reader of all of it.
     """
-    C, E = x.q.shape[2], x.decay.reset.shape[-1]
+    C, E = x.q.shape[2], reset.shape[-1]
     reduce = (lambda t: t.sum(-1, keepdim=True)) if E == 1 else (lambda t: t)
     dg = reduce(x.q * dq)
-    dg += reduce(x.k * (dk_left - dk_right)).unflatten(2, (C, -1)).sum(3)
-    at_end = reduce(x.k * dk_end).sum(2) + reduce((x.decay.total * carried).squeeze(-1))
+    dg += reduce(x.k * dk).unflatten(2, (C, -1)).sum(3)
+    at_end = reduce(x.k * dk_end).sum(2) + reduce(carried)
     dg[:, :, -1] += at_end
-    return log_decay_grad(dg, x.decay.reset)
+    return log_decay_grad(dg, reset)

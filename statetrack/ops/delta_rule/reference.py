@@ -48,7 +48,9 @@ def delta_rule_reference(
         outs, states, start = [], [], 0
         for s, length in enumerate(lengths):
             part = slice(start, start + length)
-            o, state = _loop(*(x if x is None else x[:, part] for x in (q, k, v, w, norm, log_decay)), initial_state[s : s + 1])
+            o, state = _loop(
+                *(x if x is None else x[:, part] for x in (q, k, v, w, norm, log_decay)), initial_state[s : s + 1]
+            )
             outs, states, start = [*outs, o], [*states, state], start + length
         return torch.cat(outs, dim=1) * scale, torch.cat(states)
     o, state = _loop(q, k, v, w, norm, log_decay, initial_state)

@@ -1,0 +1,137 @@
+"""DeltaProduct: DeltaNet with N generalised Householder factors per token, optionally gated.
+
+    S <- alpha_t S;   S <- (I - beta_tj kh_tj kh_tj^T) S + beta_tj kh_tj v_tj^T, j = 1..N;   o_t = S^T q_t / sqrt(K)
+    beta_tj = (1 - hi) + (hi - lo) sigmoid(w_j^T x_t),  so that the factor's eigenvalue 1 - beta lies in (lo, hi)
+    q, k, v = silu(conv(W x)),  q and k of length 1;   alpha_t = exp(-exp(a) softplus(w^T x_t + b)) where gated
+
+factors = 1 is DeltaNet, with gate Gated DeltaNet; factors > 1 DeltaProduct, with gate Gated DeltaProduct.
+References: Yang et al. (arXiv 2406.06484), Grazzi et al. eq. 2 and Table 2 (2411.12537), Siems et al. section 4
+(2502.10297), Yang et al. (2412.06464) for the gate.
+
+Letters: B batch, T tokens, N factors, H heads, K = V head width, W window of the convolution, D channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from statetrack.errors import UsageError
+from statetrack.layers.common import (
+    ShortConvolution,
+    check_eigenvalues,
+    check_positive,
+    head_width,
+    projection,
+    time_step_bias,
+)
+from statetrack.ops import delta_rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaProductConfig:
+    """Settings of a `DeltaProduct` mixer."""
+
+    dim: int
+    """width of the hidden stream"""
+    heads: int = 4
+    head_dim: int | None = None
+    """width of keys and values; default dim / heads"""
+    factors: int = 1
+    """Householder factors per token"""
+    gate: bool = False
+    """scalar forget gate per head"""
+    conv_size: int = 4
+    """window of the short convolution on q, k, v; 0 for none"""
+    output_gate: bool = False
+    """multiply the normalised output by silu(W x)"""
+    eigenvalues: tuple[float, float] = (-1.0, 1.0)
+    """range of the data-dependent eigenvalue of a factor"""
+    norm_eps: float = 1e-6
+    backend: str = "auto"
+
+    def build(self) -> DeltaProduct:
+        """Return the mixer."""
+        return DeltaProduct(self)
+
+
+class DeltaProductState(NamedTuple):
+    """What a `DeltaProduct` carries from token to token."""
+
+    conv: Float[Tensor, "B W_minus_1 D"] | None
+    memory: Float[Tensor, "B H K V"]
+
+
+class DeltaProduct(nn.Module):
+    """Mix tokens by products of generalised Householder matrices."""
+
+    def __init__(self, config: DeltaProductConfig):
+        super().__init__()
+        check_eigenvalues(config.eigenvalues)
+        check_positive(factors=config.factors)
+        if config.conv_size < 0:
+            raise UsageError(f"conv_size must be 0 (none) or a window of at least 1, got {config.conv_size}")
+        self.config = config
+        self.head_dim = head_width(config.dim, config.heads, config.head_dim)
+        inner = config.heads * self.head_dim
+        self.q_proj = projection(config.dim, inner)
+        self.k_proj = projection(config.dim, config.factors * inner)
+        self.v_proj = projection(config.dim, config.factors * inner)
+        self.beta_proj = projection(config.dim, config.factors * config.heads)
+        self.conv = ShortConvolution((1 + 2 * config.factors) * inner, config.conv_size) if config.conv_size else None
+        if config.gate:
+            self.gate_proj = projection(config.dim, config.heads)
+            self.gate_rate = nn.Parameter(torch.empty(config.heads).uniform_(1, 16).log_())
+            self.gate_bias = nn.Parameter(time_step_bias(config.heads))
+        self.output_gate = projection(config.dim, inner) if config.output_gate else None
+        self.norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+        self.o_proj = projection(inner, config.dim)
+
+    def init_state(self, batch: int) -> DeltaProductState:
+        """Return the state before the first token: zeros."""
+        weight, H, K = self.q_proj.weight, self.config.heads, self.head_dim
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        conv = None if self.conv is None else self.conv.init_state(batch)
+        return DeltaProductState(conv, weight.new_zeros(batch, H, K, K, dtype=dtype))
+
+    def op_inputs(self, x: Float[Tensor, "B T D"]) -> dict[str, Any]:
+        """Return the arguments that `delta_rule` gets for x as a whole sequence."""
+        return self._op_inputs(x, self.init_state(x.shape[0]))[0]
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], state: DeltaProductState | None = None
+    ) -> tuple[Float[Tensor, "B T D"], DeltaProductState]:
+        """Mix x after what `state` has seen; return the outputs and the new state."""
+        state = self.init_state(x.shape[0]) if state is None else state
+        inputs, conv = self._op_inputs(x, state)
+        o, memory = delta_rule(**inputs, initial_state=state.memory, backend=self.config.backend)
+        o = self.norm(o).flatten(2)
+        if self.output_gate is not None:
+            o = o * F.silu(self.output_gate(x))
+        return self.o_proj(o), DeltaProductState(conv, memory)
+
+    def _op_inputs(self, x: Tensor, state: DeltaProductState) -> tuple[dict[str, Any], Tensor | None]:
+        N, H, K = self.config.factors, self.config.heads, self.head_dim
+        lo, hi = self.config.eigenvalues
+        qkv, conv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1), None
+        if self.conv is not None and state.conv is not None:
+            qkv, conv = self.conv(qkv, state.conv)
+        else:
+            qkv = F.silu(qkv)
+        q, k, v = qkv.split([H * K, N * H * K, N * H * K], dim=-1)
+        beta = self.beta_proj(x).float() if x.dtype != torch.float64 else self.beta_proj(x)
+        inputs = {
+            "q": F.normalize(q.unflatten(-1, (H, K)), dim=-1),
+            "k": k.unflatten(-1, (N, H, K)),
+            "v": v.unflatten(-1, (N, H, K)),
+            "beta": (1 - hi) + (hi - lo) * beta.sigmoid().unflatten(-1, (N, H)),
+        }
+        if self.config.gate:
+            rate = F.softplus(self.gate_proj(x).to(beta.dtype) + self.gate_bias)
+            inputs["log_decay"] = -self.gate_rate.exp() * rate
+        return inputs, conv

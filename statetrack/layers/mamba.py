@@ -1,0 +1,120 @@
+"""Mamba: a selective diagonal recurrence, with the eigenvalues of its transition in any range within [-1, 1].
+
+    h_t = (lo + (hi - lo) exp(dt_t A)) h_{t-1} + dt_t B_t u_t;   y_t = C_t h_t + D u_t;   output W_o (y_t * silu(z_t))
+    u = silu(conv(W_u x)), z = W_z x, dt = softplus(W_dt W_r u + b), B = W_B u, C = W_C u, A = -exp(a)
+
+(lo, hi) = (0, 1) is Mamba as published (Gu and Dao, arXiv 2312.00752); (-1, 1) is 2 exp(dt A) - 1 (Grazzi et al.,
+Table 2, 2411.12537).
+
+Letters: B batch, T tokens, D inner channels, M states per channel, W window of the convolution.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from statetrack.errors import UsageError
+from statetrack.layers.common import (
+    ShortConvolution,
+    check_eigenvalues,
+    check_positive,
+    no_weight_decay,
+    time_step_bias,
+)
+from statetrack.ops import selective_scan
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaConfig:
+    """Settings of a `Mamba` mixer."""
+
+    dim: int
+    """width of the hidden stream"""
+    state_size: int = 16
+    """states per channel"""
+    expand: int = 2
+    """inner channels per hidden channel"""
+    rank: int | None = None
+    """rank of the time step's projection; default dim / 16, rounded up"""
+    conv_size: int = 4
+    """window of the short convolution; 0 for none"""
+    eigenvalues: tuple[float, float] = (-1.0, 1.0)
+    """range of the transition's eigenvalues"""
+    backend: str = "auto"
+
+    def build(self) -> Mamba:
+        """Return the mixer."""
+        return Mamba(self)
+
+
+class MambaState(NamedTuple):
+    """What a `Mamba` carries from token to token."""
+
+    conv: Float[Tensor, "B W_minus_1 D"] | None
+    memory: Float[Tensor, "B D M"]
+
+
+class Mamba(nn.Module):
+    """Mix tokens by a selective diagonal recurrence."""
+
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        check_eigenvalues(config.eigenvalues)
+        check_positive(dim=config.dim, state_size=config.state_size, expand=config.expand)
+        if config.conv_size < 0:
+            raise UsageError(f"conv_size must be 0 (none) or a window of at least 1, got {config.conv_size}")
+        self.config = config
+        inner, M = config.expand * config.dim, config.state_size
+        self.rank = math.ceil(config.dim / 16) if config.rank is None else config.rank
+        check_positive(rank=self.rank)
+        self.in_proj = nn.Linear(config.dim, 2 * inner, bias=False)
+        self.conv = ShortConvolution(inner, config.conv_size, bias=True) if config.conv_size else None
+        self.x_proj = nn.Linear(inner, self.rank + 2 * M, bias=False)
+        self.dt_proj = nn.Linear(self.rank, inner)
+        nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(time_step_bias(inner))
+        self.A_log = no_weight_decay(nn.Parameter(torch.arange(1, M + 1).float().log().repeat(inner, 1)))
+        self.D = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, config.dim, bias=False)
+
+    def init_state(self, batch: int) -> MambaState:
+        """Return the state before the first token: zeros."""
+        dtype = torch.float64 if self.A_log.dtype == torch.float64 else torch.float32
+        conv = None if self.conv is None else self.conv.init_state(batch)
+        return MambaState(conv, self.A_log.new_zeros(batch, *self.A_log.shape, dtype=dtype))
+
+    def op_inputs(self, x: Float[Tensor, "B T _"]) -> dict[str, Any]:
+        """Return the tensors that `selective_scan` gets for x as a whole sequence."""
+        u = self.in_proj(x).chunk(2, dim=-1)[0]
+        return self._op_inputs(u, self.init_state(x.shape[0]))[0]
+
+    def forward(
+        self, x: Float[Tensor, "B T _"], state: MambaState | None = None
+    ) -> tuple[Float[Tensor, "B T _"], MambaState]:
+        """Mix x after what `state` has seen; return the outputs and the new state."""
+        state = self.init_state(x.shape[0]) if state is None else state
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        inputs, conv = self._op_inputs(u, state)
+        y, memory = selective_scan(
+            **inputs, eigenvalues=self.config.eigenvalues, initial_state=state.memory, backend=self.config.backend
+        )
+        return self.out_proj(y * F.silu(z)), MambaState(conv, memory)
+
+    def _op_inputs(self, u: Tensor, state: MambaState) -> tuple[dict[str, Any], Tensor | None]:
+        conv = None
+        if self.conv is not None and state.conv is not None:
+            u, conv = self.conv(u, state.conv)
+        else:
+            u = F.silu(u)
+        M = self.config.state_size
+        rank, B, C = self.x_proj(u).split([self.rank, M, M], dim=-1)
+        dt = F.softplus(self.dt_proj(rank))
+        return {"u": u, "dt": dt, "A": -self.A_log.exp(), "B": B, "C": C, "D": self.D}, conv
