@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -23,28 +24,49 @@ class Block:
     active: tuple[int, ...]
     tokens: Tensor  # [R C] positions in the flattened batch
     padding: Tensor | None  # [R C] True where a row is longer than its sequence
+    window: tuple[slice, slice] | None  # (sequences, tokens) of the batch where the block is just that
+    batch: int  # sequences in all
 
     def gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the rows of x [tokens N H D] as [R H C*N D], zero where there is no token."""
-        rows = x.index_select(0, self.tokens.flatten()).unflatten(0, self.tokens.shape)
-        if self.padding is not None:
-            rows[self.padding] = 0
-        R, C, N, H, D = rows.shape
+        (R, C), (N, H, D) = self.tokens.shape, x.shape[1:]
         out = torch.empty(R, H, C, N, D, dtype=dtype, device=x.device)
-        return out.copy_(rows.permute(0, 3, 1, 2, 4)).view(R, H, C * N, D)
+        if self.window is not None:
+            self._rows(out).copy_(self._view(x))
+        else:
+            rows = x.index_select(0, self.tokens.flatten()).unflatten(0, self.tokens.shape)
+            if self.padding is not None:
+                rows[self.padding] = 0
+            out.copy_(rows.permute(0, 3, 1, 2, 4))
+        return out.view(R, H, C * N, D)
 
     def scatter(self, out: Tensor, rows: Tensor) -> None:
         """Write rows [R H C*N D] to their places in out [tokens N H D]."""
         R, C = self.tokens.shape
-        rows = rows.unflatten(2, (C, -1)).permute(0, 2, 3, 1, 4)
+        rows = rows.unflatten(2, (C, -1))
+        if self.window is not None:
+            self._view(out).copy_(self._rows(rows))
+            return
+        rows = rows.permute(0, 2, 3, 1, 4)
         if self.padding is None:
             out.index_copy_(0, self.tokens.flatten(), rows.to(out.dtype).reshape(R * C, *rows.shape[2:]))
         else:
             out.index_copy_(0, self.tokens[~self.padding], rows[~self.padding].to(out.dtype))
 
-    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Return the rows of every step."""
-        return rows.split(self.active)
+    def _view(self, x: Tensor) -> Tensor:
+        """Return the window of x [tokens N H D] as [steps S C N H D]."""
+        sequences, tokens = self.window or (slice(0), slice(0))
+        part = x.unflatten(0, (self.batch, -1))[sequences, tokens]
+        return part.unflatten(1, (len(self.active), -1)).transpose(0, 1)
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        """Return rows [R H C N D] as [steps S C N H D]."""
+        return rows.unflatten(0, (len(self.active), -1)).permute(0, 1, 3, 4, 2, 5)
+
+    def steps(self) -> list[tuple[slice, int]]:
+        """Return, step by step, its rows and how many sequences are alive: consecutive chunks of those."""
+        ends = list(accumulate(self.active))
+        return [(slice(end - alive, end), alive) for end, alive in zip(ends, self.active, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -89,6 +111,15 @@ class Chunks:
             position = first[:, None] + within
             padding = position >= lengths[sequence][:, None]
             tokens = torch.where(padding, 0, starts[sequence][:, None] + position)
-            active_at = tuple(len(r) for r in rows)
-            yield Block(group, active_at, tokens.to(self.device), padding.to(self.device) if padding.any() else None)
+            window = None
+            if not padding.any() and len(set(self.lengths)) == 1:
+                window = (group, slice(step * self.chunk, (step + n) * self.chunk))
+            yield Block(
+                sequences=group,
+                active=tuple(len(r) for r in rows),
+                tokens=tokens.to(self.device),
+                padding=padding.to(self.device) if padding.any() else None,
+                window=window,
+                batch=len(self.lengths),
+            )
             step += n

@@ -2,9 +2,9 @@
 
 With w, n from `scaled_keys`, decay products D inside the chunk, and S the state at its start,
 
-    L_ij = D_ij k_i.k_j (j < i),  F = (I + L diag(w))^-1 (n v - D_i0 K S),  U = diag(w) F
-    o_t  = D_t0 S^T q_t + sum_j D_tj (q_t.k_j) u_j,        S <- (D_C0 I - Kw^T W) S + Kw^T Y
-    W = (I + L diag(w))^-1 D_i0 K,   Y = (I + L diag(w))^-1 n v,   Kw = diag(D_Cj w) K
+    X = (I + L diag(w))^-1,  L_ij = D_ij k_i.k_j (j < i)
+    W = X D_i0 K,  F = X n v - W S,  u_j = w_j f_j
+    o_t = D_t0 S^T q_t + sum_j D_tj (q_t.k_j) u_j,   S <- D_C0 S + sum_j D_Cj k_j u_j^T
 
 (Yang et al., arXiv 2406.06484, section 3, with unnormalised keys and N factors per token as M = C N rows.) The inverse
 is by substitution: with eigenvalues near -1 and repeated keys the powers in a Neumann series cancel catastrophically.
@@ -27,7 +27,7 @@ from statetrack.ops.decay import HeadDecay, KeyDecay, log_decay_grad
 from statetrack.ops.layout import Block, Chunks
 
 CHUNK_ROWS = 64  # target for M = C N
-BLOCK_BYTES = 1 << 19  # of the largest temporary: a dozen of them stay in a core's cache
+BLOCK_BYTES = 1 << 20  # of the largest temporary: a dozen of them stay in a core's cache
 
 
 def delta_rule_chunk(
@@ -70,13 +70,10 @@ class _Chunked(torch.autograd.Function):
         for block in chunks.blocks():
             x = _load(block, flat, scale, initial_state.dtype)
             inverse = _unit_lower_inverse(x.decay.scores(x.k, x.k, strict=True).mul_(x.w.mT))
-            W, Y = inverse @ _times(x.k, x.decay.start_k), inverse @ (x.v * x.norm)
-            kw = _times(x.k, x.decay.end_k) * x.w
-            step = _transition(x, W, kw)
-            states = _run_forward(block, state, step, kw.mT @ Y)
-            U = Y.sub_(W @ states).mul_(x.w)
+            W, F = inverse @ _times(x.k, x.decay.start_k), inverse @ (x.v * x.norm)
+            states = _run_forward(block, x, state, W, F, kw=x.k * _times(x.w, x.decay.end_k))
             o = _times(x.q, x.decay.start_q) @ states
-            o += x.decay.scores(x.q, x.k, strict=False) @ U
+            o += x.decay.scores(x.q, x.k, strict=False) @ F.mul_(x.w)
             block.scatter(out, o)
             if any(ctx.needs_input_grad):
                 saved += [inverse, states]
@@ -133,7 +130,7 @@ def _load(block: Block, flat: dict[str, Tensor], scale: float, dtype: torch.dtyp
     x = {name: block.gather(t, dtype) for name, t in flat.items()}
     q, k, v = x["q"].mul_(scale), x["k"], x["v"]
     limit = 1000 if dtype == torch.float64 else 120
-    largest = torch.linalg.vector_norm(k, ord=float("inf"), dim=-1, keepdim=True)
+    largest = k.abs().amax(-1, keepdim=True)
     power = torch.exp2(-torch.frexp(largest).exponent.clamp(-limit, limit).to(dtype))
     k = k.mul_(power)
     squared = k.square().sum(-1, keepdim=True)
@@ -161,36 +158,39 @@ def _unit_lower_inverse(strict: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(strict, eye.expand_as(strict), upper=False, unitriangular=True)
 
 
-def _transition(x: _Inputs, W: Tensor, kw: Tensor) -> Tensor:
-    """Return each chunk's state transition D_C0 I - Kw^T W [R H K K]."""
-    step = (kw.mT @ W).neg_()
-    if x.decay.total is None:
-        step.diagonal(dim1=-2, dim2=-1).add_(1)
-    else:
-        step.diagonal(dim1=-2, dim2=-1).add_(x.decay.total.squeeze(-1))
-    return step
+def _run_forward(block: Block, x: _Inputs, state: Tensor, W: Tensor, F: Tensor, kw: Tensor) -> Tensor:
+    """Turn Y into F = Y - W S in place, chunk after chunk, and return the state at every chunk's start [R H K V].
 
-
-def _run_forward(block: Block, state: Tensor, step: Tensor, write: Tensor) -> Tensor:
-    """Return the state at every chunk's start [R H K V]; leave the state after the last chunk in `state`."""
-    states = torch.empty_like(write)
+    `state` holds every sequence's state before the block, and after it on return.
+    """
+    states = F.new_empty(*F.shape[:2], kw.shape[-1], F.shape[-1])
     state = state[block.sequences]
-    for out, A, add in zip(block.split(states), block.split(step), block.split(write), strict=True):
-        alive = state[: out.shape[0]]
-        out.copy_(alive)
-        alive.copy_((A @ out).add_(add))
+    for rows, alive in block.steps():
+        S = state[:alive]
+        states[rows] = S
+        F[rows] -= W[rows] @ S
+        if x.decay.total is not None:
+            S.mul_(x.decay.total[rows])
+        S += kw[rows].mT @ F[rows]
     return states
 
 
-def _run_backward(block: Block, d_state: Tensor, step: Tensor, d_read: Tensor) -> Tensor:
-    """Return the gradient to the state at every chunk's end [R H K V]; leave that to the block's start in `d_state`."""
+def _run_backward(block: Block, x: _Inputs, d_state: Tensor, dU: Tensor, d_read: Tensor, W: Tensor) -> Tensor:
+    """Add to dU what comes through later chunks, and return the gradient to the state at every chunk's end [R H K V].
+
+    `d_state` holds the gradient to every sequence's state after the block, and before it on return.
+    """
     d_ends = torch.empty_like(d_read)
     d_state = d_state[block.sequences]
-    pieces = zip(block.split(d_ends), block.split(step), block.split(d_read), strict=True)
-    for out, A, add in reversed(list(pieces)):
-        alive = d_state[: out.shape[0]]
-        out.copy_(alive)
-        alive.copy_((A.mT @ out).add_(add))
+    end_k = _times(x.k, x.decay.end_k)
+    for rows, alive in reversed(block.steps()):
+        dS = d_state[:alive]
+        d_ends[rows] = dS
+        dU[rows] += end_k[rows] @ dS
+        if x.decay.total is not None:
+            dS.mul_(x.decay.total[rows])
+        dS += d_read[rows]
+        dS -= W[rows].mT @ (dU[rows] * x.w[rows])
     return d_ends
 
 
@@ -201,14 +201,10 @@ def _block_backward(
 
     H = inverse^T diag(w) dU is the gradient to the right-hand side n v - D_i0 K S; L's is -H F^T diag(w).
     """
-    start_k, end_k = _times(x.k, x.decay.start_k), _times(x.k, x.decay.end_k)
-    start_q = _times(x.q, x.decay.start_q)
     L = x.decay.scores(x.k, x.k, strict=True)
-    W = inverse @ start_k
+    W = inverse @ _times(x.k, x.decay.start_k)
     dU = x.decay.scores(x.q, x.k, strict=False).mT @ d_o
-    d_read = (start_q.mT @ d_o).sub_(W.mT @ (dU * x.w))
-    d_ends = _run_backward(block, d_state, _transition(x, W, end_k * x.w), d_read)
-    dU += end_k @ d_ends
+    d_ends = _run_backward(block, x, d_state, dU, _times(x.q, x.decay.start_q).mT @ d_o, W)
     F = (inverse @ (x.v * x.norm)).sub_(W @ states)
     U = F * x.w
     H = inverse.mT @ (dU * x.w)

@@ -19,7 +19,7 @@ def scaled_keys(k: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Shapes: k [..., K], beta [...]; returns [..., K], [...], [...].
     """
     limit = 1000 if k.dtype == torch.float64 else 120  # keeps 2^-exponent itself a normal number
-    exponent = torch.frexp(torch.linalg.vector_norm(k.detach(), ord=float("inf"), dim=-1, keepdim=True)).exponent
+    exponent = torch.frexp(k.detach().abs().amax(-1, keepdim=True)).exponent
     k = k * torch.exp2(-exponent.clamp(-limit, limit).to(k.dtype))
     squared = (k * k).sum(-1)
     squared = torch.where(squared == 0, torch.ones_like(squared), squared)
