@@ -112,7 +112,8 @@ class _Chunked(torch.autograd.Function):
 
 def _cut(k: Tensor, v: Tensor, lengths: list[int], dtype: torch.dtype) -> Chunks:
     N, H = v.shape[2], v.shape[3]
-    chunk = max(1, min(CHUNK_ROWS // N, max(lengths, default=1)))
+    rows = min(CHUNK_ROWS, max(16, 4 * k.shape[-1]))  # many more rows than K only cancel each other's digits
+    chunk = max(1, min(rows // N, max(lengths, default=1)))
     row_bytes = chunk * N * H * max(k.shape[-1], v.shape[-1], chunk * N) * dtype.itemsize
     return Chunks(lengths, chunk, max(1, BLOCK_BYTES // row_bytes), k.device)
 

@@ -1,0 +1,114 @@
+"""The tables: one row per op variant and per layer. A new op or layer is one more row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statetrack.layers import AttentionConfig, DeltaProductConfig, LSTMConfig, MambaConfig, MixerConfig
+from statetrack.ops import delta_rule, selective_scan
+
+Make = Callable[[torch.Generator, int, int], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One variant of an op: how to draw its tensors (float64) for B sequences of T tokens."""
+
+    name: str
+    op: Callable[..., tuple[Tensor, Tensor]]
+    make: Make
+    per_token: tuple[str, ...]
+    """arguments whose dimension 1 is T"""
+    options: dict[str, Any] = field(default_factory=dict)
+    backends: tuple[str, ...] = ("chunk",)
+
+    def run(self, tensors: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+        """Call the op."""
+        return self.op(**tensors, **self.options, **options)
+
+
+def delta_inputs(
+    H: int = 2, Hk: int | None = None, N: int = 1, K: int = 5, V: int = 4, decay: str = "", hard: bool = False
+) -> Make:
+    """Draw arguments of `delta_rule`; hard: beta at both ends and 0 length keys, 3 key directions, many resets."""
+
+    def make(g: torch.Generator, B: int, T: int) -> dict[str, Tensor]:
+        normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+        uniform = lambda *shape: torch.rand(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+        heads = Hk or H
+        x = {"q": normal(B, T, heads, K), "k": normal(B, T, N, heads, K), "v": normal(B, T, N, H, V)}
+        x["beta"] = 2 * uniform(B, T, N, H)
+        if hard:
+            x["k"] = normal(3, K)[torch.randint(0, 3, (B, T, N, heads), generator=g)]
+            x["k"][uniform(B, T, N, heads) < 0.1] = 0
+            x["beta"] = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)[
+                torch.randint(0, 3, (B, T, N, H), generator=g)
+            ]
+        if decay:
+            shape = (B, T, H) if decay == "head" else (B, T, H, K)
+            x["log_decay"] = -uniform(*shape)
+            x["log_decay"][uniform(*shape) < (0.2 if hard else 0.03)] = -torch.inf
+        x["initial_state"] = normal(B, H, K, V)
+        return x
+
+    return make
+
+
+def scan_inputs(D: int = 6, M: int = 3, skip: bool = True) -> Make:
+    """Draw arguments of `selective_scan`."""
+
+    def make(g: torch.Generator, B: int, T: int) -> dict[str, Tensor]:
+        normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+        x = {"u": normal(B, T, D), "dt": normal(B, T, D).exp(), "A": -normal(D, M).exp()}
+        x |= {"B": normal(B, T, M), "C": normal(B, T, M), "initial_state": normal(B, D, M)}
+        return x | {"D": normal(D)} if skip else x
+
+    return make
+
+
+DELTA = ("q", "k", "v", "beta", "log_decay")
+SCAN = ("u", "dt", "B", "C")
+
+OPS = [
+    OpCase("delta", delta_rule, delta_inputs(), DELTA),
+    OpCase("delta-3-factors", delta_rule, delta_inputs(N=3), DELTA),
+    OpCase("delta-head-decay", delta_rule, delta_inputs(decay="head"), DELTA),
+    OpCase("delta-key-decay", delta_rule, delta_inputs(K=20, decay="key"), DELTA),
+    OpCase("delta-wide", delta_rule, delta_inputs(N=2, K=20, V=12, decay="head"), DELTA),
+    OpCase("delta-shared-heads", delta_rule, delta_inputs(H=4, Hk=2, N=2, decay="head"), DELTA),
+    OpCase("delta-shared-heads-key-decay", delta_rule, delta_inputs(H=4, Hk=2, N=2, decay="key"), DELTA),
+    OpCase("delta-hard", delta_rule, delta_inputs(hard=True), DELTA),
+    OpCase("delta-hard-head-decay", delta_rule, delta_inputs(N=2, decay="head", hard=True), DELTA),
+    OpCase("delta-hard-key-decay", delta_rule, delta_inputs(N=2, decay="key", hard=True), DELTA),
+    OpCase("delta-scale", delta_rule, delta_inputs(K=2, V=1), DELTA, {"scale": 0.7}),
+    OpCase("scan-[-1,1]", selective_scan, scan_inputs(), SCAN, {"eigenvalues": (-1.0, 1.0)}),
+    OpCase("scan-[0,1]", selective_scan, scan_inputs(), SCAN, {"eigenvalues": (0.0, 1.0)}),
+    OpCase("scan-[-0.5,0.25]", selective_scan, scan_inputs(skip=False), SCAN, {"eigenvalues": (-0.5, 0.25)}),
+]
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """One mixer configuration, small."""
+
+    name: str
+    config: MixerConfig
+
+
+LAYERS = [
+    LayerCase("deltanet", DeltaProductConfig(dim=16, heads=2)),
+    LayerCase("deltanet-no-conv", DeltaProductConfig(dim=16, heads=2, conv_size=0)),
+    LayerCase("deltanet-[0,1]", DeltaProductConfig(dim=16, heads=2, eigenvalues=(0.0, 1.0))),
+    LayerCase("deltaproduct", DeltaProductConfig(dim=16, heads=2, factors=3)),
+    LayerCase("gated-deltaproduct", DeltaProductConfig(dim=16, heads=2, factors=2, gate=True, output_gate=True)),
+    LayerCase("mamba", MambaConfig(dim=12, state_size=4)),
+    LayerCase("mamba-no-conv", MambaConfig(dim=12, state_size=4, conv_size=0)),
+    LayerCase("mamba-[0,1]", MambaConfig(dim=12, state_size=4, eigenvalues=(0.0, 1.0))),
+    LayerCase("attention", AttentionConfig(dim=16, heads=2)),
+    LayerCase("lstm", LSTMConfig(dim=16)),
+]

@@ -1,0 +1,30 @@
+"""Set up for every test: Triton's interpreter where there is no GPU, poisoned memory, reproducible draws."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any test imports triton
+
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("statetrack", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("statetrack")
+torch.set_num_threads(1)  # pytest-xdist runs one worker per core
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill uninitialised memory with NaN, so that an output that nothing wrote is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A seeded source of random numbers."""
+    return torch.Generator().manual_seed(0)

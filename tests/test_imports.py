@@ -1,0 +1,68 @@
+"""Imports point down: ops <- layers <- model <- what trains or runs; automata <- tasks, which know no model."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "statetrack"
+
+# What each part may import from the package, besides itself and `errors`.
+ALLOWED = {
+    "errors": set(),
+    "ops": set(),
+    "layers": {"ops"},
+    "model": {"layers"},
+    "automata": set(),
+    "tasks": {"automata"},
+}
+BASE = {"torch", "numpy", "jaxtyping", "tyro", "rich", "matplotlib", "safetensors", "sympy"}
+
+
+def modules() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(tree: ast.AST) -> list[tuple[str, bool]]:
+    """Return every imported module's dotted name, and whether the import runs when the file is loaded."""
+    at_top = {id(node) for node in ast.iter_child_nodes(tree)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in at_top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found.append((node.module or "", id(node) in at_top))
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path: Path):
+    part = part_of(path)
+    if part not in ALLOWED:
+        return
+    for name, _ in imported(ast.parse(path.read_text())):
+        if name.startswith("statetrack."):
+            target = name.split(".")[1]
+            assert target in ALLOWED[part] | {part, "errors"}, f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_extras_are_imported_only_where_needed(path: Path):
+    import sys
+
+    for name, at_top in imported(ast.parse(path.read_text())):
+        package = name.split(".")[0]
+        if at_top and package not in BASE | {"statetrack", "recipes"} and package not in sys.stdlib_module_names:
+            raise AssertionError(f"{path.name} imports {name} when loaded; the base install does not have it")
+
+
+def test_the_check_sees_an_upward_import():
+    tree = ast.parse("from statetrack.train import run\ndef f():\n    import triton\n")
+    assert imported(tree) == [("statetrack.train", True), ("triton", False)]

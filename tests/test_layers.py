@@ -1,0 +1,224 @@
+"""The contract of every mixer and of the model: state in, state out, causal, the eigenvalues the config promises."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from statetrack.errors import UsageError
+from statetrack.layers import (
+    MIXERS,
+    AttentionConfig,
+    DeltaProduct,
+    DeltaProductConfig,
+    LSTMConfig,
+    Mamba,
+    MambaConfig,
+    MixerConfig,
+)
+from statetrack.model import Config
+from statetrack.ops import delta_rule, selective_scan
+
+from .cases import LAYERS, LayerCase
+
+every_layer = pytest.mark.parametrize("case", LAYERS, ids=lambda c: c.name)
+RANGES = [(-1.0, 1.0), (0.0, 1.0), (-0.5, 0.75)]
+
+
+def build(config: MixerConfig, seed: int = 0) -> nn.Module:
+    """Return the mixer in float64, with every parameter moved off its initial value."""
+    torch.manual_seed(seed)
+    mixer = config.build().double()
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return mixer
+
+
+def sequence(config: MixerConfig, tokens: int, batch: int = 2) -> Tensor:
+    return torch.randn(batch, tokens, config.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def flatten(state) -> list[Tensor]:
+    return [t for t in state if t is not None]
+
+
+@every_layer
+@settings(max_examples=8)
+@given(data=st.data())
+def test_split_anywhere_and_carry_the_state(case: LayerCase, data):
+    mixer, tokens = build(case.config), data.draw(st.integers(1, 80))
+    cut = data.draw(st.integers(0, tokens))
+    x = sequence(case.config, tokens)
+    want, want_state = mixer(x)
+    y1, middle = mixer(x[:, :cut])
+    y2, state = mixer(x[:, cut:], middle)
+    torch.testing.assert_close(torch.cat([y1, y2], 1), want, rtol=0, atol=1e-10)
+    for got, wanted in zip(flatten(state), flatten(want_state), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+
+
+@every_layer
+def test_token_by_token_equals_sequence(case: LayerCase):
+    mixer, x = build(case.config), sequence(case.config, 12)
+    want, _ = mixer(x)
+    state, outs = mixer.init_state(2), []
+    for t in range(12):
+        y, state = mixer(x[:, t : t + 1], state)
+        outs.append(y)
+    torch.testing.assert_close(torch.cat(outs, 1), want, rtol=0, atol=1e-10)
+
+
+@every_layer
+def test_causal(case: LayerCase):
+    mixer, x = build(case.config), sequence(case.config, 70)
+    changed = torch.cat([x[:, :50], -x[:, 50:]], dim=1)
+    before, after = mixer(x)[0], mixer(changed)[0]
+    torch.testing.assert_close(before[:, :50], after[:, :50], rtol=0, atol=1e-12)
+    assert not torch.allclose(before[:, 50:], after[:, 50:])
+
+
+@every_layer
+def test_every_parameter_gets_a_gradient(case: LayerCase):
+    mixer, x = build(case.config), sequence(case.config, 9)
+    mixer(x)[0].square().sum().backward()
+    for name, p in mixer.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
+
+
+@every_layer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lower_precision_runs_and_agrees(case: LayerCase, dtype):
+    mixer, x = build(case.config), sequence(case.config, 70)
+    want, _ = mixer(x)
+    got, _ = mixer.to(dtype)(x.to(dtype))
+    assert got.dtype == dtype
+    assert (got.double() - want).norm() / want.norm() <= 30 * torch.finfo(dtype).eps
+
+
+def saturating_inputs(weight: Tensor) -> Tensor:
+    """Return x [1 2 D] whose two tokens drive a projection's outputs far to both ends."""
+    push = 1e4 * torch.linalg.pinv(weight) @ torch.ones(weight.shape[0], 1, dtype=weight.dtype)
+    return torch.stack([push[:, 0], -push[:, 0]])[None]
+
+
+@pytest.mark.parametrize("eigenvalues", RANGES, ids=str)
+@pytest.mark.parametrize("factors", [1, 3])
+def test_spectrum_of_deltaproduct_reaches_both_ends_of_its_range(eigenvalues, factors: int):
+    mixer = build(DeltaProductConfig(dim=16, heads=1, factors=factors, eigenvalues=eigenvalues, conv_size=0))
+    assert isinstance(mixer, DeltaProduct)
+    inputs = mixer.op_inputs(saturating_inputs(mixer.beta_proj.weight))
+    ends = []
+    for t in range(2):
+        for j in range(factors):  # the transition of one factor: run it on the identity
+            one = {n: inputs[n][:, t : t + 1, j : j + 1] for n in ("k", "v", "beta")}
+            one["v"] = torch.zeros_like(one["v"])
+            eye = torch.eye(16, dtype=torch.float64)[None, None]
+            _, transition = delta_rule(inputs["q"][:, t : t + 1], **one, initial_state=eye)
+            spectrum = torch.linalg.eigvalsh(transition[0, 0])
+            away = spectrum[(spectrum - 1).abs().argmax()]
+            torch.testing.assert_close((spectrum - 1).abs().sort().values[:-1], torch.zeros(15).double())
+            ends.append(away.item())
+    assert min(ends) == pytest.approx(eigenvalues[0], abs=1e-6) and max(ends) == pytest.approx(eigenvalues[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("eigenvalues", RANGES, ids=str)
+def test_spectrum_of_mamba_reaches_both_ends_of_its_range(eigenvalues):
+    mixer = build(MambaConfig(dim=16, state_size=4, eigenvalues=eigenvalues))
+    assert isinstance(mixer, Mamba)
+    inputs = mixer.op_inputs(sequence(mixer.config, 2, batch=1))
+    found = []
+    for dt in (0.0, 1e4):  # softplus ranges over (0, inf)
+        one = {n: inputs[n][:, :1] for n in ("u", "dt", "B", "C")}
+        one |= {"u": torch.zeros_like(one["u"]), "dt": torch.full_like(one["dt"], dt), "A": inputs["A"]}
+        ones = torch.ones(1, 32, 4, dtype=torch.float64)
+        _, transition = selective_scan(**one, eigenvalues=eigenvalues, initial_state=ones)
+        found.append(transition)
+    torch.testing.assert_close(found[0], torch.full_like(found[0], eigenvalues[1]))
+    torch.testing.assert_close(found[1], torch.full_like(found[1], eigenvalues[0]))
+
+
+OTHER = {
+    "dim": 32, "heads": 1, "head_dim": 12, "factors": 2, "gate": True, "conv_size": 3, "output_gate": True,
+    "eigenvalues": (-0.5, 0.5), "norm_eps": 0.1, "backend": "reference", "state_size": 3, "expand": 3, "rank": 3,
+    "rotary_base": 100.0,
+}  # fmt: skip
+OPTIONS = [(cls, f.name) for cls in MIXERS.values() for f in dataclasses.fields(cls)]
+
+
+@pytest.mark.parametrize("cls, option", OPTIONS, ids=lambda x: getattr(x, "__name__", x))
+def test_every_option_is_read(cls, option: str):
+    """Flip an option and the output changes (or, for the backend, the path taken, which rounds differently)."""
+    base = cls(dim=16)
+    torch.manual_seed(0)
+    x = torch.randn(1, 70, OTHER["dim"] if option == "dim" else 16)
+    changed = dataclasses.replace(base, **{option: OTHER[option]})
+    outs = []
+    for config in (base, changed):
+        torch.manual_seed(0)
+        mixer = config.build()
+        outs.append(mixer(x[..., : config.dim])[0])
+    assert outs[0].shape != outs[1].shape or not torch.equal(*outs)
+
+
+BAD = [
+    (DeltaProductConfig(dim=16, heads=3), "dim=16 does not divide by heads=3"),
+    (DeltaProductConfig(dim=16, heads=0), "heads must be a whole number of at least 1, got 0"),
+    (DeltaProductConfig(dim=16, factors=0), "factors must be"),
+    (DeltaProductConfig(dim=16, conv_size=-1), "conv_size must be 0"),
+    (DeltaProductConfig(dim=16, eigenvalues=(-2.0, 1.0)), "eigenvalues must be"),
+    (MambaConfig(dim=16, eigenvalues=(1.0, 1.0)), "eigenvalues must be"),
+    (MambaConfig(dim=16, state_size=0), "state_size must be"),
+    (AttentionConfig(dim=6, heads=2), "even head width"),
+    (LSTMConfig(dim=0), "dim must be"),
+]
+
+
+@pytest.mark.parametrize("config, message", BAD, ids=lambda x: x if isinstance(x, str) else "")
+def test_bad_configurations_are_refused(config: MixerConfig, message: str):
+    with pytest.raises(UsageError, match=message):
+        config.build()
+
+
+def hybrid() -> Config:
+    return Config(vocab_size=7, num_outputs=5, mixers=tuple(cls(dim=16) for cls in MIXERS.values()))
+
+
+def test_model_streams_a_hybrid_of_all_mixers():
+    torch.manual_seed(0)
+    model = hybrid().build().double()
+    tokens = torch.randint(0, 7, (2, 75))
+    want, _ = model(tokens)
+    assert want.shape == (2, 75, 5)
+    state, outs = None, []
+    for piece in tokens.split([1, 1, 30, 43], dim=1):
+        logits, state = model(piece, state)
+        outs.append(logits)
+    torch.testing.assert_close(torch.cat(outs, 1), want, rtol=0, atol=1e-10)
+    assert [type(s) for s in model.init_state(2)] == [type(s) for s in state or ()]
+
+
+def test_config_survives_the_round_trip_through_json():
+    import json
+
+    config = hybrid()
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("change", [{"depth": 3}, {"mixers": [{"mixer": "transformer", "dim": 4}]}, {"mixers": 3}])
+def test_config_refuses_what_it_does_not_know(change):
+    with pytest.raises(UsageError):
+        Config.from_dict({**hybrid().to_dict(), **change})
+
+
+def test_mlp_dim_follows_the_paper_unless_given():
+    mixer = (LSTMConfig(dim=128),)
+    widths = [
+        Config(vocab_size=3, num_outputs=2, mixers=mixer, mlp_dim=d).build().blocks[0].mlp_dim for d in (None, 0, 48)
+    ]
+    assert widths == [512, 0, 48]
