@@ -86,7 +86,5 @@ def _find(name: str) -> tuple[Callable[..., Task], tuple[str, ...]]:
         build = partial(group_task, group, moved, int(match["tokens"] or 1), name=name)
         return build, ("supervision", "bos")
     close = difflib.get_close_matches(name, TASKS, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    raise UsageError(
-        f"task {name!r} is unknown{hint} Accepted: {', '.join(TASKS)}".replace("unknown Acc", "unknown. Acc")
-    )
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise UsageError(f"task {name!r} is unknown{hint}; accepted: {', '.join(TASKS)}")

@@ -27,8 +27,8 @@ Batch = tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]
 class Task(ABC):
     """Sequences of tokens 0..vocab_size-1 whose supervised positions have one right answer in 0..num_outputs-1.
 
-    A length is an int, or a pair (lo, hi): then each sequence draws its own uniformly from lo..hi, both included, and is
-    padded on the right, so that the shape depends on hi alone. Inputs and targets are int64; targets are -1 where
+    A length is an int, or a pair (lo, hi): then each sequence draws its own uniformly from lo..hi, both included, and
+    is padded on the right, so that the shape depends on hi alone. Inputs and targets are int64; targets are -1 where
     nothing is supervised. The same generator state gives the same bits.
     """
 
@@ -64,14 +64,12 @@ class Task(ABC):
 
     def length_range(self, length: int | Sequence[int]) -> tuple[int, int]:
         """Return (lo, hi) of a length given as an int or as a pair; raise UsageError if it is neither, or too short."""
-        pair = (length, length) if isinstance(length, int) else tuple(length)
+        pair = tuple(length) if isinstance(length, Sequence) else (length, length)
         if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) for n in pair):
             raise UsageError(f"length must be an int or a pair (lo, hi) of ints, got {length!r}")
         lo, hi = pair
         if not self.shortest <= lo <= hi:
-            raise UsageError(
-                f"length of {self.name} must satisfy {self.shortest} <= lo <= hi, got lo = {lo}, hi = {hi}"
-            )
+            raise UsageError(f"{self.name}: length must satisfy {self.shortest} <= lo <= hi, got lo = {lo}, hi = {hi}")
         return lo, hi
 
 
@@ -123,10 +121,10 @@ class RegularTask(Task):
             if self.delay:
                 answers = np.concatenate([late, answers], axis=1)
                 answers, late = answers[:, : len(position)], answers[:, len(position) :]
-            last = ends[:, None] - 1
-            asked = (
-                position.T == last if self.supervision == "last" else (position.T <= last) & (position.T >= self.bos)
-            )
+            if self.supervision == "last":
+                asked = position.T == ends[:, None] - 1
+            else:
+                asked = (self.bos <= position.T) & (position.T < ends[:, None])
             targets = np.where(asked, answers, IGNORE)
             yield torch.from_numpy(np.ascontiguousarray(inputs)), torch.from_numpy(np.ascontiguousarray(targets))
 
@@ -135,6 +133,12 @@ def check_positive(name: str, value: int) -> None:
     """Reject a count that is not an integer >= 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UsageError(f"{name} must be an integer >= 1, got {value!r}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Reject anything but True and False."""
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} must be True or False, got {value!r}")
 
 
 def draw_integers(generator: torch.Generator, low: int, high: int, *shape: int) -> np.ndarray:

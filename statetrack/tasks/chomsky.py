@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 
 from statetrack.automata import Automaton
-from statetrack.tasks.base import IGNORE, Batch, RegularTask, Task, check_positive, draw_integers
+from statetrack.tasks.base import IGNORE, Batch, RegularTask, Task, check_flag, check_positive, draw_integers
 
 MODULUS = 5
 
@@ -128,7 +128,7 @@ class _Level(NamedTuple):
 class ModularArithmeticBrackets(Task):
     """Fully bracketed expressions mod 5 of exactly L - 3 tokens, then `=`, the answer and one padding token.
 
-    gen(n) = `t`, `- t`, `( t )`, `( - t )` for n = 1..4 with a uniform digit t, otherwise `( gen(l) op gen(n - 3 - l) )`
+    gen(n) = `t`, `- t`, `( t )`, `( - t )` for n = 1..4 with a uniform digit t, else `( gen(l) op gen(n - 3 - l) )`
     with l uniform in 1..n-4 and op uniform in + - *, or in + - without `mult`. L = max(uniform in lo..hi, 5).
 
     `mult` is on by default: the main results of the paper ("with brackets", Table 3) are reached only with it (always
@@ -142,6 +142,7 @@ class ModularArithmeticBrackets(Task):
     chance = 1 / MODULUS
 
     def __init__(self, mult: bool = True) -> None:
+        check_flag("mult", mult)
         self.mult = mult
         self.name = "modular_arithmetic_brackets" if mult else "modular_arithmetic_brackets_no_mult"
 

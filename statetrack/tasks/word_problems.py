@@ -25,7 +25,7 @@ from jaxtyping import Int
 
 from statetrack.automata import Automaton, parse_group
 from statetrack.errors import UsageError
-from statetrack.tasks.base import RegularTask, Supervision, check_positive, draw_integers
+from statetrack.tasks.base import RegularTask, Supervision, check_flag, check_positive, draw_integers
 
 
 @final
@@ -42,6 +42,7 @@ class AutomatonTask(RegularTask):
     ) -> None:
         if supervision not in ("last", "every"):
             raise UsageError(f"supervision={supervision!r} is unknown; accepted: last, every")
+        check_flag("bos", bos)
         check_positive("tokens_per_letter", tokens_per_letter)
         answers = len(np.unique(automaton.emits))
         if answers < 2:
