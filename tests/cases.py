@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from statetrack.layers import AttentionConfig, DeltaProductConfig, LSTMConfig, MambaConfig, MixerConfig
 from statetrack.ops import delta_rule, selective_scan
 
-Make = Callable[[torch.Generator, int, int], dict[str, Tensor]]
+Make = Callable[[torch.Generator, int, int], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,18 @@ class OpCase:
         return self.op(**tensors, **self.options, **options)
 
 
+def draws(g: torch.Generator) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Return a normal and a uniform source of float64 tensors."""
+    return partial(torch.randn, generator=g, dtype=torch.float64), partial(torch.rand, generator=g, dtype=torch.float64)
+
+
 def delta_inputs(
     H: int = 2, Hk: int | None = None, N: int = 1, K: int = 5, V: int = 4, decay: str = "", hard: bool = False
 ) -> Make:
     """Draw arguments of `delta_rule`; hard: beta at both ends and 0 length keys, 3 key directions, many resets."""
 
-    def make(g: torch.Generator, B: int, T: int) -> dict[str, Tensor]:
-        normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
-        uniform = lambda *shape: torch.rand(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    def make(g: torch.Generator, B: int, T: int) -> dict[str, Any]:
+        normal, uniform = draws(g)
         heads = Hk or H
         x = {"q": normal(B, T, heads, K), "k": normal(B, T, N, heads, K), "v": normal(B, T, N, H, V)}
         x["beta"] = 2 * uniform(B, T, N, H)
@@ -62,8 +67,8 @@ def delta_inputs(
 def scan_inputs(D: int = 6, M: int = 3, skip: bool = True) -> Make:
     """Draw arguments of `selective_scan`."""
 
-    def make(g: torch.Generator, B: int, T: int) -> dict[str, Tensor]:
-        normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    def make(g: torch.Generator, B: int, T: int) -> dict[str, Any]:
+        normal, _ = draws(g)
         x = {"u": normal(B, T, D), "dt": normal(B, T, D).exp(), "A": -normal(D, M).exp()}
         x |= {"B": normal(B, T, M), "C": normal(B, T, M), "initial_state": normal(B, D, M)}
         return x | {"D": normal(D)} if skip else x

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from statetrack.errors import UsageError
 from statetrack.layers import (
@@ -30,7 +32,7 @@ every_layer = pytest.mark.parametrize("case", LAYERS, ids=lambda c: c.name)
 RANGES = [(-1.0, 1.0), (0.0, 1.0), (-0.5, 0.75)]
 
 
-def build(config: MixerConfig, seed: int = 0) -> nn.Module:
+def build(config: MixerConfig, seed: int = 0) -> Any:
     """Return the mixer in float64, with every parameter moved off its initial value."""
     torch.manual_seed(seed)
     mixer = config.build().double()
@@ -204,8 +206,6 @@ def test_model_streams_a_hybrid_of_all_mixers():
 
 
 def test_config_survives_the_round_trip_through_json():
-    import json
-
     config = hybrid()
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

@@ -45,8 +45,8 @@ def run_with_grads(case: OpCase, tensors: dict[str, Tensor], **options) -> dict[
     leaves = {n: t.detach().clone().requires_grad_() for n, t in tensors.items()}
     o, state = case.run(leaves, **options)
     g = torch.Generator().manual_seed(1)
-    loss = sum((y.double() * torch.randn(y.shape, generator=g, dtype=torch.float64)).sum() for y in (o, state))
-    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    losses = [(y.double() * torch.randn(y.shape, generator=g, dtype=torch.float64)).sum() for y in (o, state)]
+    grads = torch.autograd.grad(losses, list(leaves.values()), allow_unused=True)
     zero = [torch.zeros_like(t) if grad is None else grad for t, grad in zip(leaves.values(), grads, strict=True)]
     return {"o": o.detach(), "state": state.detach()} | {f"d {n}": grad for n, grad in zip(leaves, zero, strict=True)}
 
@@ -167,7 +167,10 @@ def test_reference_passes_gradcheck(case: OpCase, generator):
     if any(not t.isfinite().all() or (n == "k" and (t == 0).any()) for n, t in tensors.items()):
         pytest.skip("finite differences do not exist at -inf and at zero keys")
     names = list(tensors)
-    run = lambda *xs: case.run(dict(zip(names, xs, strict=True)), backend="reference")  # noqa: E731
+
+    def run(*xs: Tensor) -> tuple[Tensor, Tensor]:
+        return case.run(dict(zip(names, xs, strict=True)), backend="reference")
+
     assert torch.autograd.gradcheck(run, list(tensors.values()))
 
 

@@ -5,6 +5,8 @@ Keys from 8 random directions, eigenvalue -1 everywhere (beta = 2), no decay, on
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ BOUNDS = {
 }
 
 
-def reflections(tokens: int, dtype: torch.dtype, heads: int = 2, width: int = 64) -> dict[str, Tensor]:
+def reflections(tokens: int, dtype: torch.dtype, heads: int = 2, width: int = 64) -> dict[str, Any]:
     """Draw the contract's arguments; keys are what `dtype` holds, normalised before they are rounded to it."""
     g = torch.Generator().manual_seed(0)
     directions = F.normalize(torch.randn(8, heads, width, generator=g), dim=-1).to(dtype)

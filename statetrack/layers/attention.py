@@ -67,8 +67,8 @@ class Attention(nn.Module):
 
     def op_inputs(self, x: Float[Tensor, "B T D"], past: int = 0) -> dict[str, Tensor]:
         """Return the queries, keys and values [B H T K] of x, rotated as the tokens after `past` earlier ones."""
-        heads = lambda y: y.unflatten(-1, (self.config.heads, self.head_dim)).transpose(1, 2)  # noqa: E731
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.unflatten(-1, (self.config.heads, self.head_dim)).transpose(1, 2) for y in projected)
         return {"q": self._rotate(q, past), "k": self._rotate(k, past), "v": v}
 
     def forward(

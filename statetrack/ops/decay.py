@@ -84,8 +84,11 @@ class KeyDecay:
         ref = slice(start - 1, start)
         left = self._between(slice(start, stop), ref).squeeze(3)
         right = self._between(ref, slice(0, start)).squeeze(2)
-        per_token = lambda x: x.shape[2] // self._g.shape[2]  # noqa: E731
-        return left.repeat_interleave(per_token(a), dim=2), right.repeat_interleave(per_token(b), dim=2)
+        tokens = self._g.shape[2]
+        return (
+            left.repeat_interleave(a.shape[2] // tokens, dim=2),
+            right.repeat_interleave(b.shape[2] // tokens, dim=2),
+        )
 
     def scores(self, a: Tensor, b: Tensor, strict: bool) -> Tensor:
         """Return sum over K of a_i b_j decay(j -> i), zero where j does not come before i."""
@@ -141,5 +144,5 @@ def _edges(g: Tensor, r: Tensor, factors: int, dtype: torch.dtype) -> tuple[Tens
     """Return the decays from the chunk's start to each query and factor, from each factor to its end, and in all."""
     start = g.to(dtype).exp().masked_fill_(r != 0, 0)
     end = (g[:, :, -1:] - g).to(dtype).exp().masked_fill_(r != r[:, :, -1:], 0)
-    repeat = lambda x: x.repeat_interleave(factors, dim=2)  # noqa: E731
-    return start, repeat(start), repeat(end), start[:, :, -1:].mT
+    start_k, end_k = start.repeat_interleave(factors, dim=2), end.repeat_interleave(factors, dim=2)
+    return start, start_k, end_k, start[:, :, -1:].mT

@@ -60,7 +60,7 @@ class _Inputs:
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, beta, log_decay, scale, initial_state, lengths):  # noqa: PLR0913
+    def forward(ctx, q, k, v, beta, log_decay, scale, initial_state, lengths):
         chunks = _cut(k, v, lengths, initial_state.dtype)
         flat = _flatten(q, k, v, beta, log_decay)
         out = v.new_empty(v.shape[0] * v.shape[1], 1, *v.shape[3:])
@@ -237,7 +237,10 @@ def _decay_grad(x: _Inputs, reset: Tensor, dq: Tensor, dk: Tensor, dk_end: Tenso
     is a reader of all of it.
     """
     C, E = x.q.shape[2], reset.shape[-1]
-    reduce = (lambda t: t.sum(-1, keepdim=True)) if E == 1 else (lambda t: t)
+
+    def reduce(t: Tensor) -> Tensor:
+        return t.sum(-1, keepdim=True) if E == 1 else t
+
     dg = reduce(x.q * dq)
     dg += reduce(x.k * dk).unflatten(2, (C, -1)).sum(3)
     at_end = reduce(x.k * dk_end).sum(2) + reduce(carried)
