@@ -17,7 +17,7 @@ torch.set_num_threads(1)  # pytest-xdist runs one worker per core
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Fill uninitialised memory with NaN (torch does where it must be deterministic), so that unwritten output shows."""
+    """Fill uninitialised memory with NaN, so that unwritten output shows: torch does where it is deterministic."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -46,7 +46,7 @@ def run_with_grads(case: OpCase, tensors: dict[str, Tensor], **options) -> dict[
     o, state = case.run(leaves, **options)
     g = torch.Generator().manual_seed(1)
     losses = [(y.double() * torch.randn(y.shape, generator=g, dtype=torch.float64)).sum() for y in (o, state)]
-    grads = torch.autograd.grad(losses, list(leaves.values()), allow_unused=True)
+    grads = torch.autograd.grad(torch.stack(losses).sum(), list(leaves.values()), allow_unused=True)
     zero = [torch.zeros_like(t) if grad is None else grad for t, grad in zip(leaves.values(), grads, strict=True)]
     return {"o": o.detach(), "state": state.detach()} | {f"d {n}": grad for n, grad in zip(leaves, zero, strict=True)}
 
