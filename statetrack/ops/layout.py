@@ -81,6 +81,8 @@ class Chunks:
     chunk: int
     rows: int
     device: torch.device
+    least_steps: int = 1
+    """blocks take fewer sequences side by side rather than fewer consecutive chunks than this"""
 
     @property
     def order(self) -> list[int]:
@@ -90,25 +92,23 @@ class Chunks:
     def blocks(self) -> Iterator[Block]:
         """Yield every block, in an order in which a sequence's chunks come first to last."""
         order = self.order
-        starts = torch.tensor([0, *self.lengths]).cumsum(0)[torch.tensor(order)]
-        lengths = torch.tensor([self.lengths[s] for s in order])
+        starts = torch.tensor([0, *self.lengths]).cumsum(0)[order]
+        lengths = torch.tensor(self.lengths)[order]
         counts = -(-lengths // self.chunk)
-        for first in range(0, len(order), self.rows):
-            group = slice(first, min(first + self.rows, len(order)))
+        width = max(1, self.rows // self.least_steps)
+        for first in range(0, len(order), width):
+            group = slice(first, min(first + width, len(order)))
             yield from self._blocks_of(group, starts[group], lengths[group], counts[group])
 
     def _blocks_of(self, group: slice, starts: Tensor, lengths: Tensor, counts: Tensor) -> Iterator[Block]:
         within = torch.arange(self.chunk)
         step, steps = 0, int(counts.max())
         while step < steps:
-            active = int((counts > step).sum())
-            n = min(steps - step, max(1, self.rows // active))
-            rows = [torch.arange(int((counts > s).sum())) for s in range(step, step + n)]
-            first = torch.cat(
-                [torch.full_like(r, s * self.chunk) for s, r in zip(range(step, step + n), rows, strict=True)]
-            )
-            sequence = torch.cat(rows)
-            position = first[:, None] + within
+            n = min(steps - step, max(1, self.rows // int((counts > step).sum())))
+            active = (counts > torch.arange(step, step + n)[:, None]).sum(1)
+            first = active.cumsum(0) - active  # row at which each step begins
+            sequence = torch.arange(int(active.sum())) - first.repeat_interleave(active)
+            position = torch.arange(step, step + n).repeat_interleave(active)[:, None] * self.chunk + within
             padding = position >= lengths[sequence][:, None]
             tokens = torch.where(padding, 0, starts[sequence][:, None] + position)
             window = None
@@ -116,7 +116,7 @@ class Chunks:
                 window = (group, slice(step * self.chunk, (step + n) * self.chunk))
             yield Block(
                 sequences=group,
-                active=tuple(len(r) for r in rows),
+                active=tuple(active.tolist()),
                 tokens=tokens.to(self.device),
                 padding=padding.to(self.device) if padding.any() else None,
                 window=window,

@@ -1,0 +1,88 @@
+"""The selective scan: a diagonal recurrence whose decay, input and read-out depend on the token (Mamba).
+
+    h_t = (lo + (hi - lo) exp(dt_t A)) h_{t-1} + dt_t B_t u_t
+    y_t = C_t h_t + D u_t
+
+(lo, hi) = (0, 1) is Mamba as published; (-1, 1) lets the state flip its sign.
+
+References: Gu and Dao, Mamba (arXiv 2312.00752), eq. 2 and 4 with the simplified discretisation of its code; Grazzi et
+al., Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues, Table 2 (2411.12537).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from statetrack.errors import UsageError
+from statetrack.ops.checks import check_backend, check_shape, check_tensors, sequence_lengths
+from statetrack.ops.selective_scan.chunk import selective_scan_chunk
+from statetrack.ops.selective_scan.reference import selective_scan_reference
+
+
+def selective_scan(
+    u: Float[Tensor, "B T D"],
+    dt: Float[Tensor, "B T D"],
+    A: Float[Tensor, "D M"],
+    B: Float[Tensor, "B T M"],
+    C: Float[Tensor, "B T M"],
+    D: Float[Tensor, "D"] | None = None,
+    *,
+    eigenvalues: tuple[float, float] = (-1.0, 1.0),
+    initial_state: Float[Tensor, "S D M"] | None = None,
+    cu_seqlens: Int[Tensor, "offsets"] | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "S D M"]]:
+    """Run D x M scalar recurrences whose coefficients depend on the token, and read them with C.
+
+    Args:
+        u: the input of every channel.
+        dt: time steps, positive (the layer applies the softplus).
+        A: rates, negative: the eigenvalue is lo + (hi - lo) exp(dt A).
+        B: how the input enters each state; shared by the channels.
+        C: how each state is read; shared by the channels.
+        D: skip connection per channel. Default: none.
+        eigenvalues: range (lo, hi) of the transition, -1 <= lo < hi <= 1.
+        initial_state: state before the first token, one per sequence (S = B, or the number of packed sequences).
+        cu_seqlens: offsets [0, ..., T] of sequences packed along T; needs B = 1.
+        backend: "reference" (the definition), "chunk" (fast, CPU and GPU) or "auto".
+
+    Returns:
+        y in the dtype of u, and the state after each sequence's last token in float32 (float64 for float64 inputs).
+
+    Raises:
+        UsageError: a shape, dtype, device, range, cu_seqlens or backend that does not fit.
+    """
+    check_backend(backend, ("reference", "chunk"))
+    check_tensors(u=u, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state)
+    lo, hi = eigenvalues
+    if not -1 <= lo < hi <= 1:
+        raise UsageError(f"eigenvalues must be (lo, hi) with -1 <= lo < hi <= 1, got {tuple(eigenvalues)}")
+    lengths = _check_shapes(u, dt, A, B, C, D, initial_state, cu_seqlens)
+    compute = torch.float64 if torch.float64 in (u.dtype, dt.dtype, A.dtype) else torch.float32
+    if initial_state is None:
+        initial_state = u.new_zeros(len(lengths), *A.shape, dtype=compute)
+    if D is None:
+        D = u.new_zeros(A.shape[0], dtype=compute)
+    cast = tuple(x.to(compute) for x in (u, dt, A, B, C, D))
+    run = selective_scan_reference if backend == "reference" else selective_scan_chunk
+    y, state = run(*cast, eigenvalues, initial_state.to(compute), lengths)  # pyright: ignore[reportCallIssue]
+    return y.to(u.dtype), state
+
+
+def _check_shapes(u, dt, A, B, C, D, initial_state, cu_seqlens) -> list[int]:
+    if u.ndim != 3 or A.ndim != 2:
+        raise UsageError(f"expected u [B T D] and A [D M], got shapes {tuple(u.shape)} and {tuple(A.shape)}")
+    batch, tokens, channels = u.shape
+    states = A.shape[1]
+    check_shape("A", A, (channels, states), "[D M]")
+    check_shape("dt", dt, (batch, tokens, channels), "[B T D]")
+    check_shape("B", B, (batch, tokens, states), "[B T M]")
+    check_shape("C", C, (batch, tokens, states), "[B T M]")
+    if D is not None:
+        check_shape("D", D, (channels,), "[D]")
+    lengths = sequence_lengths(cu_seqlens, batch, tokens)
+    if initial_state is not None:
+        check_shape("initial_state", initial_state, (len(lengths), channels, states), "[S D M]")
+    return lengths
