@@ -3,6 +3,7 @@
 import json
 import time
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_a_million_tokens_take_seconds(shape: tuple[int, int]):
 def test_run_refuses_what_it_cannot_read():
     automaton = Automaton(np.array([[0, 1], [1, 0]]), accepting=frozenset({1}))
     for words in (np.array([[0, 2]]), np.array([[-1]]), np.array([0, 1]), np.array([[0.0]])):
-        with pytest.raises((UsageError, TypeError), match="words"):
+        with pytest.raises(UsageError, match="words"):
             automaton.run(words)
     with pytest.raises(UsageError, match=r"states 0\.\.1, got 2"):
         automaton.run(np.array([[0]]), 2)
@@ -209,6 +210,10 @@ def test_json_keeps_letters_and_start(tmp_path):
         ({"table": [[0]], "output": [-1]}, "one integer >= 0"),
         ({"table": [[0]], "output": [0.5]}, "output must be a list of integers"),
         ({"table": [[0]], "output": [0], "letters": ["a", "b"]}, "letters must be 1 different strings"),
+        ({"table": [[0]], "output": [0], "letters": [["a"]]}, "letters must be 1 different strings"),
+        ({"table": [[0]], "output": [0], "letters": 7}, "letters must be 1 different strings"),
+        ({"table": [[0]], "output": []}, "one integer >= 0 for each of 1 states"),
+        ({"table": [[0]], "accepting": [[0]]}, "accepting must be a list of integers"),
         ({"table": [[0]], "output": [0], "finals": [0]}, "found .*finals"),
         ([[0]], "found list"),
     ],
@@ -295,8 +300,9 @@ def test_word_problem_follows_the_product():
 def test_letters_may_be_a_subset():
     whole, some = Automaton.from_group("S5"), Automaton.from_group("S5", letters=[7, 0, 119])
     assert np.array_equal(some.table, whole.table[:, [7, 0, 119]])
-    for letters in ([120], [-1], [], [0.5]):
-        with pytest.raises((UsageError, TypeError)):
+    wrong: list[Any] = [[120], [-1], [], [0.5]]
+    for letters in wrong:
+        with pytest.raises(UsageError, match="letters"):
             Automaton.from_group("S5", letters=letters)
 
 
@@ -320,8 +326,9 @@ def test_huge_groups_are_refused_at_once(name: str):
 
 
 def test_group_of_another_type_is_refused():
-    with pytest.raises((UsageError, TypeError)):
-        Automaton.from_group(5)  # type: ignore[arg-type]
+    five: Any = 5
+    with pytest.raises(UsageError, match="got int"):
+        Automaton.from_group(five)
 
 
 def test_s6_table_is_fast():

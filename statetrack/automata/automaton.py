@@ -227,9 +227,13 @@ class Automaton:
             found = sorted(content) if isinstance(content, dict) else type(content).__name__
             raise UsageError(f"{path}: expected an object with 'table' and of {', '.join(fields)}; found {found}")
         try:
-            for field in ("accepting", "letters"):
-                if not isinstance(content.get(field), list | None):
-                    raise UsageError(f"{field} must be a list, got {content[field]!r}")
+            content["table"] = _integers("table", content["table"], ndim=2)
+            if content.get("output") is not None:
+                content["output"] = _integers("output", content["output"], ndim=1)
+            if content.get("accepting") is not None:
+                content["accepting"] = frozenset(_integers("accepting", content["accepting"], ndim=1).tolist())
+            if content.get("letters") is not None:
+                content["letters"] = _letter_names(content["letters"], content["table"].shape[1])
             return cls(**content)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
@@ -285,6 +289,8 @@ def _integers(name: str, values: Any, ndim: int) -> np.ndarray:
         array = np.array(_array(values))
     except ValueError:
         array = None  # numpy refuses rows of different lengths
+    if array is not None and array.ndim == ndim == 1 and array.size == 0:
+        array = array.astype(np.int64)  # numpy takes an empty list for floats
     if array is None or array.ndim != ndim or array.dtype.kind not in "iu":
         shape = "rows of one length, all integers" if ndim == 2 else "a list of integers"
         raise UsageError(f"{name} must be {shape}{_first_fault(values, ndim)}")
@@ -311,9 +317,9 @@ def _state(name: str, value: Any, states: int) -> int:
     return int(value)
 
 
-def _letter_names(names: Iterable[Any], letters: int) -> tuple[str, ...]:
-    names = tuple(names)
-    if len(set(names)) != letters or len(names) != letters or not all(isinstance(name, str) for name in names):
+def _letter_names(names: Any, letters: int) -> tuple[str, ...]:
+    names = tuple(names) if isinstance(names, Iterable) else (names,)
+    if not all(isinstance(name, str) for name in names) or not len(set(names)) == len(names) == letters:
         raise UsageError(f"letters must be {letters} different strings (one per column), got {list(names)}")
     return names
 
