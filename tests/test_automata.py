@@ -137,6 +137,18 @@ def test_equivalent_is_an_empty_symmetric_difference(a: Automaton, b: Automaton)
     assert a.equivalent(b) == (not difference.accepting)
 
 
+@given(automaton=automata(letters=3), seed=st.integers(0, 2**16))
+def test_minimise_forgets_how_states_were_numbered(automaton: Automaton, seed: int):
+    new = np.random.default_rng(seed).permutation(automaton.states)  # the new number of every state
+    old = np.argsort(new)
+    table, start = new[automaton.table][old], int(new[automaton.start])
+    if automaton.output is not None:
+        renumbered = Automaton(table, start, output=automaton.output[old])
+    else:
+        renumbered = Automaton(table, start, accepting=frozenset(int(new[q]) for q in automaton.accepting or ()))
+    assert renumbered.minimise() == automaton.minimise()
+
+
 def test_minimise_keeps_a_counter_whole_and_shrinks_a_padded_one():
     states = np.arange(3000)
     counter = Automaton((states[:, None] + np.array([0, 1])) % 3000, output=states % 1000)
