@@ -147,6 +147,8 @@ def test_minimise_forgets_how_states_were_numbered(automaton: Automaton, seed: i
     else:
         renumbered = Automaton(table, start, accepting=frozenset(int(new[q]) for q in automaton.accepting or ()))
     assert renumbered.minimise() == automaton.minimise()
+    met = [0, *automaton.minimise().table.ravel().tolist()]  # rows in order, letters in order: as a queue meets them
+    assert list(dict.fromkeys(met)) == sorted(set(met))
 
 
 def test_minimise_keeps_a_counter_whole_and_shrinks_a_padded_one():
