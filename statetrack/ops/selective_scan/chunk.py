@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from statetrack.ops.layout import Block, Chunks
 
-BLOCK_BYTES = 1 << 21  # of one [R D M] tensor; a block holds three
+BLOCK_BYTES = 1 << 22  # of one [R D M] tensor; a block holds three
 LEAST_STEPS = 16  # tokens per block and sequence: one state is kept for each block
 
 
