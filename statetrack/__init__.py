@@ -1,1 +1,49 @@
-"""statetrack: linear RNNs that track state."""
+"""statetrack: linear RNNs that track state: exact, fast, anywhere.
+
+The public names, loaded on first use, so that `import statetrack` and the command line start at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from statetrack.automata import Automaton as Automaton
+    from statetrack.errors import UsageError as UsageError
+    from statetrack.evaluate import evaluate as evaluate
+    from statetrack.layers import AttentionConfig as AttentionConfig
+    from statetrack.layers import DeltaProductConfig as DeltaProductConfig
+    from statetrack.layers import LSTMConfig as LSTMConfig
+    from statetrack.layers import MambaConfig as MambaConfig
+    from statetrack.model import Config as Config
+    from statetrack.model import Model as Model
+    from statetrack.tasks import get_task as get_task
+    from statetrack.train import Settings as Settings
+    from statetrack.train import load_run as load_run
+    from statetrack.train import train as train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Automaton": "automata",
+    "UsageError": "errors",
+    "evaluate": "evaluate",
+    "AttentionConfig": "layers",
+    "DeltaProductConfig": "layers",
+    "LSTMConfig": "layers",
+    "MambaConfig": "layers",
+    "Config": "model",
+    "Model": "model",
+    "get_task": "tasks",
+    "Settings": "train",
+    "load_run": "train",
+    "train": "train",
+}
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'statetrack' has no attribute {name!r}")
+    return getattr(import_module(f"statetrack.{_HOMES[name]}"), name)

@@ -126,7 +126,7 @@ class DeltaProduct(nn.Module):
         q, k, v = qkv.split([H * K, N * H * K, N * H * K], dim=-1)
         beta = self.beta_proj(x).float() if x.dtype != torch.float64 else self.beta_proj(x)
         inputs = {
-            "q": F.normalize(q.unflatten(-1, (H, K)), dim=-1),
+            "q": F.normalize(q.unflatten(-1, (H, K)), dim=-1).to(k.dtype),  # autocast normalises in float32
             "k": k.unflatten(-1, (N, H, K)),
             "v": v.unflatten(-1, (N, H, K)),
             "beta": (1 - hi) + (hi - lo) * beta.sigmoid().unflatten(-1, (N, H)),

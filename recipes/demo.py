@@ -1,0 +1,30 @@
+"""The demo's runs: one small layer of each mixer on parity, the same but for the range of eigenvalues."""
+
+from __future__ import annotations
+
+from statetrack.layers import DeltaProductConfig, MambaConfig, MixerConfig
+from statetrack.model import Config
+from statetrack.train import Settings
+
+EVALUATED = (40, 256)
+"""lengths asked, drawn uniformly (arXiv 2411.12537, E.1.2)"""
+
+
+def demo_settings(mixer: str, eigenvalues: tuple[float, float], seed: int) -> Settings:
+    """Return the run of "deltanet" or "mamba" with the given range."""
+    configs: dict[str, MixerConfig] = {
+        "deltanet": DeltaProductConfig(dim=32, heads=2, conv_size=0, eigenvalues=eigenvalues),
+        "mamba": MambaConfig(dim=32, state_size=8, conv_size=0, eigenvalues=eigenvalues),
+    }
+    model = Config(vocab_size=3, num_outputs=3, mixers=(configs[mixer],), mlp_dim=64)
+    return Settings(
+        task="parity",
+        model=model,
+        train_length=(3, 40),
+        steps=400,
+        batch_size=256,
+        lr=5e-3,
+        weight_decay=0.01,
+        seed=seed,
+        device="cpu",
+    )

@@ -1,0 +1,79 @@
+"""Pictures: accuracy against length, one line per configuration, a band over its seeds; loss against step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from statetrack.runs import write_atomically
+
+Curve = Sequence[tuple[float, float]]  # (length, accuracy)
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)  # told apart by the colour-blind
+DASHES = ("-", "--", ":", "-.")
+
+
+def accuracy_by_length(
+    curves: Mapping[str, Sequence[Curve]],
+    path: Path,
+    *,
+    title: str,
+    measure: str = "scaled accuracy",
+    trained: tuple[int, int] | None = None,
+) -> list[Path]:
+    """Draw one line per name, the mean over its seeds with a band from worst to best; write path.png and path.svg."""
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    lengths = [x for seeds in curves.values() for curve in seeds for x, _ in curve]
+    if trained is not None:
+        axes.axvspan(*trained, color="0.92", zorder=0)
+        axes.text(trained[1], 1.05, "trained up to here ", ha="right", va="bottom", fontsize=8, color="0.4")
+    for i, (name, seeds) in enumerate(curves.items()):
+        shared = sorted(set.intersection(*(set(x for x, _ in curve) for curve in seeds)))
+        rows = [[dict(curve)[x] for x in shared] for curve in seeds]
+        mean = [sum(column) / len(column) for column in zip(*rows, strict=True)]
+        colour, dash = COLOURS[i % len(COLOURS)], DASHES[(i // len(COLOURS) + i) % len(DASHES)]
+        label = name if len(seeds) == 1 else f"{name} ({len(seeds)} seeds, worst to best)"
+        axes.plot(shared, mean, dash, color=colour, label=label, marker="o" if len(shared) < 25 else None, markersize=3)
+        if len(seeds) > 1:
+            worst, best = [min(c) for c in zip(*rows, strict=True)], [max(c) for c in zip(*rows, strict=True)]
+            axes.fill_between(shared, worst, best, color=colour, alpha=0.2, linewidth=0)
+    if lengths and min(lengths) > 0 and max(lengths) / min(lengths) > 50:
+        axes.set_xscale("log")
+    axes.set(xlabel="sequence length", ylabel=measure, title=title, ylim=(-0.1, 1.15))
+    axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return _save(figure, path)
+
+
+def training_curve(rows: Sequence[Mapping[str, float]], path: Path, *, title: str) -> list[Path]:
+    """Draw loss and accuracy against step from a run's metrics; write path.png and path.svg."""
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    steps = [row["step"] for row in rows]
+    for position, name in enumerate(("loss", "accuracy")):
+        axes = figure.add_subplot(1, 2, position + 1)
+        axes.plot(steps, [row[name] for row in rows], color=COLOURS[position])
+        axes.set(xlabel="step", ylabel=f"training {name}")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> list[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
+    write_atomically(png, lambda p: FigureCanvasAgg(figure).print_png(str(p), metadata={"Software": None}))
+    write_atomically(svg, lambda p: FigureCanvasSVG(figure).print_svg(str(p), metadata={"Date": None}))
+    return [png, svg]

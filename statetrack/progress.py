@@ -1,0 +1,50 @@
+"""Progress on long work: live bars on a terminal, a plain line now and then where the output goes to a file."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINES = 10  # per piece of work, where there is no terminal
+
+
+class Bars:
+    """Named pieces of work side by side; use as a context manager."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(stderr=True)
+        self._live = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._ids: dict[str, TaskID] = {}
+        self._printed: dict[str, int] = {}
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Bars:
+        self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        self._live.stop()
+
+    def update(self, name: str, done: float, total: float, note: str = "") -> None:
+        """Say how far a piece of work is."""
+        if name not in self._ids:
+            self._ids[name] = self._live.add_task(name, total=total, note=note)
+            self._printed[name] = int(LINES * done / total)
+        self._live.update(self._ids[name], completed=done, total=total, note=note)
+        share = int(LINES * done / total)
+        if not self.console.is_terminal and share > self._printed[name]:
+            self._printed[name] = share
+            seconds = time.monotonic() - self._began
+            self.console.print(f"{name}: {done:.0f}/{total:.0f} after {seconds:.0f} s {note}", soft_wrap=True)

@@ -1,0 +1,257 @@
+"""The task trainer: AdamW, warm-up and cosine, gradient clipping, resumable to the last bit.
+
+The learning rate rises linearly over the first `warmup` share of the steps, then falls along a cosine to `min_lr`.
+Weight decay applies to matrices only: not to norms, biases and gates (one-dimensional), nor to what a layer marks
+(`no_weight_decay`).
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import statetrack
+from statetrack.errors import UsageError
+from statetrack.model import Config, Model
+from statetrack.runs import WEIGHTS, Run, commit, read_json
+from statetrack.tasks import IGNORE, Task, get_task
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A fully specified training run."""
+
+    task: str
+    model: Config
+    train_length: tuple[int, int]
+    steps: int
+    batch_size: int = 256
+    lr: float = 1e-3
+    min_lr: float = 1e-6
+    warmup: float = 0.1
+    """share of the steps over which the learning rate rises"""
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0
+    """largest gradient norm; 0 for no clipping"""
+    seed: int = 0
+    precision: str = "auto"
+    """float32, bfloat16 (autocast), or auto: bfloat16 on a GPU, float32 elsewhere"""
+    device: str = "auto"
+    log_every: int = 20
+    checkpoint_every: int = 500
+
+    def check(self) -> None:
+        """Raise UsageError for what can never work."""
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf or not 0 <= self.min_lr <= self.lr:
+            raise UsageError(f"learning rates must satisfy 0 <= min_lr <= lr, 0 < lr; got {self.min_lr} and {self.lr}")
+        if not 0 <= self.warmup <= 1:
+            raise UsageError(f"warmup must be a share of the steps between 0 and 1, got {self.warmup}")
+        if self.weight_decay < 0 or self.clip < 0:
+            raise UsageError(f"weight_decay and clip must not be negative, got {self.weight_decay} and {self.clip}")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise UsageError(f"precision must be auto, float32 or bfloat16, got {self.precision!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON; `from_dict` is the inverse."""
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "model": self.model.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Settings:
+        """Build settings from `to_dict`'s result."""
+        pairs = {name: tuple(data[name]) for name in ("train_length", "betas")}
+        try:
+            return cls(**{**data, **pairs, "model": Config.from_dict(data["model"])})
+        except TypeError as error:
+            raise UsageError(f"not the settings of a run: {error}") from None
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal after saving; `resume` goes on from there."""
+
+    def __init__(self, signum: int, step: int, path: Path):
+        super().__init__(f"stopped at step {step}; nothing is lost, --resume goes on from there ({path})")
+        self.signum = signum
+
+
+class _Signals:
+    """Turn SIGINT and SIGTERM into a flag, so that a step and its checkpoint are never cut in two."""
+
+    def __enter__(self) -> _Signals:
+        self.received = 0
+        self._previous = {}
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[signum] = signal.signal(signum, self._note)
+            except ValueError:  # not in the main thread: the caller's signals are not ours
+                break
+        return self
+
+    def _note(self, signum: int, _frame: Any) -> None:
+        self.received = signum
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the named device; auto is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def optimizer_for(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """Return AdamW with weight decay on matrices only."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for p in model.parameters():
+        (free if p.ndim < 2 or getattr(p, "_no_weight_decay", False) else decayed).append(p)
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Return the learning rate of a step, counted from 0."""
+    warmup = round(settings.warmup * settings.steps)
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    share = (step - warmup) / max(1, settings.steps - warmup)
+    return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+class Trainer:
+    """One run: model, optimiser, data stream and step, in memory."""
+
+    def __init__(self, settings: Settings):
+        settings.check()
+        self.settings = settings
+        self.task: Task = get_task(settings.task)
+        self.task.length_range(settings.train_length)
+        self.device = choose_device(settings.device)
+        torch.manual_seed(settings.seed)
+        self.model: Model = settings.model.build().to(self.device)
+        self.optimizer = optimizer_for(self.model, settings)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.step = 0
+        gpu = self.device.type == "cuda"
+        self.autocast = settings.precision == "bfloat16" or (settings.precision == "auto" and gpu)
+
+    def train_step(self) -> dict[str, float]:
+        """Take one optimiser step; return its loss, accuracy, gradient norm and learning rate."""
+        s = self.settings
+        inputs, targets = self.task.sample(self.generator, s.batch_size, s.train_length)
+        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        asked = targets != IGNORE
+        lr = learning_rate(s, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            logits, _ = self.model(inputs)
+        answers = logits[asked].float()
+        loss = F.cross_entropy(answers, targets[asked])
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UsageError(f"loss is {value} at step {self.step + 1}")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.clip or math.inf)
+        self.optimizer.step()
+        self.step += 1
+        accuracy = (answers.detach().argmax(-1) == targets[asked]).float().mean().item()
+        return {"loss": value, "accuracy": accuracy, "grad_norm": norm.item(), "lr": lr}
+
+    def state(self) -> dict[str, Any]:
+        """Return all that resuming needs."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "torch": torch.get_rng_state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go back to a `state()`."""
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.generator.set_state(state["generator"])
+            torch.set_rng_state(state["torch"])
+            self.step = state["step"]
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise UsageError(f"the checkpoint does not fit the model: {str(error).splitlines()[0]}") from None
+
+
+def train(
+    settings: Settings, path: Path, *, resume: bool = False, force: bool = False, report: Report | None = None
+) -> Model:
+    """Train in the run directory `path` and return the model; the weights are also in `path`.
+
+    `report` is called after every step with {"step", "loss", "accuracy", ...}. Raises UsageError for bad settings, an
+    existing run (without resume or force), a corrupt checkpoint and a loss that is not finite; Interrupted after SIGINT
+    or SIGTERM.
+    """
+    trainer, run = Trainer(settings), Run(path)
+    config = {"settings": settings.to_dict(), "version": statetrack.__version__, "commit": commit()}
+    with run.opened(config, resume, force) as resumed, _Signals() as signals:
+        if resumed:
+            trainer.load_state(run.load_checkpoint())
+            run.cut_metrics(trainer.step)
+            if trainer.step < settings.steps:
+                (path / WEIGHTS).unlink(missing_ok=True)
+        else:
+            run.save_checkpoint(trainer.state())
+        saved = trainer.step
+        while trainer.step < settings.steps:
+            began = time.perf_counter()
+            try:
+                row = trainer.train_step()
+            except UsageError as error:
+                raise UsageError(
+                    f"{error}; the last good checkpoint is of step {saved} in {path}; lower --lr?"
+                ) from None
+            row = {"step": trainer.step, **row, "seconds": time.perf_counter() - began}
+            if trainer.step % settings.log_every == 0 or trainer.step == settings.steps:
+                run.append_metrics(row)
+            if report is not None:
+                report(row)
+            if trainer.step % settings.checkpoint_every == 0 or trainer.step == settings.steps or signals.received:
+                run.save_checkpoint(trainer.state())
+                saved = trainer.step
+            if signals.received and trainer.step < settings.steps:
+                raise Interrupted(signals.received, trainer.step, path)
+        run.save_weights(trainer.model.state_dict())
+    return trainer.model
+
+
+def load_run(path: Path, device: str = "auto") -> tuple[Settings, Model]:
+    """Return the settings and the trained model of a run directory."""
+    stored = read_json(path / "config.json")
+    if not isinstance(stored, dict) or "settings" not in stored:
+        raise UsageError(f"{path / 'config.json'} is not a run's configuration")
+    settings = Settings.from_dict(stored["settings"])
+    model = settings.model.build()
+    try:
+        model.load_state_dict(Run(path).load_weights())
+    except RuntimeError as error:
+        raise UsageError(f"{path}: the weights do not fit the model: {str(error).splitlines()[0]}") from None
+    return settings, model.to(choose_device(device)).eval()
