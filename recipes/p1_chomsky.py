@@ -1,10 +1,11 @@
 """Grazzi et al., arXiv 2411.12537, Table 3 (best seed) and Table 5 (median): parity and modular arithmetic.
 
-Settings of appendix E.1.1: 2 layers on parity, 3 on arithmetic, width 128, 4 heads, convolution of 4, batch 1024, 100,000
-steps, AdamW with weight decay 0.1, 10 % warm-up, cosine to 1e-6, gradient norm clipped to 1 on arithmetic only; trained on
-lengths 3..40, evaluated on 8192 sequences of length 40..256. Deviations: one learning rate, 1e-3, where the paper picks the
-best of several per cell; no weight decay on norms and biases; LSTM stands beside the paper's sLSTM, whose numbers it shows.
-The brackets without `*` are the paper's last column of Table 5, read as that because its baselines are near 0.
+Settings of appendix E.1.1: 2 layers on parity, 3 on arithmetic, width 128, 4 heads, convolution of 4, batch 1024,
+100,000 steps, AdamW with weight decay 0.1, 10 % warm-up, cosine to 1e-6, gradient norm clipped to 1 on arithmetic
+only; trained on lengths 3..40, evaluated on 8192 sequences of length 40..256. Deviations: one learning rate, 1e-3,
+where the paper picks the best of several per cell; no weight decay on norms and biases; LSTM stands beside the paper's
+sLSTM, whose numbers it shows. The brackets without `*` are the paper's last column of Table 5, read as that because
+its baselines are near 0.
 """
 
 from __future__ import annotations

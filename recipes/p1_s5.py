@@ -1,9 +1,10 @@
 """Grazzi et al., arXiv 2411.12537, Figure 4 (S5 in four variants) and Figure 8 (Z60): group word problems.
 
-Settings of appendix E.2: trained on length 32 (64 where elements are spread over tokens), tested to length 500; batch 512,
-312,500 steps (100 epochs of 1.6 million), AdamW, learning rate 1e-4, weight decay 0.01, gradient norm clipped to 1, width 128,
-4 heads, no convolution in DeltaNet, Mamba with its own. Deviations: sequences are drawn afresh instead of 1.6 million fixed
-ones; the learning rate follows a cosine with 10 % warm-up (the paper names no schedule). The paper prints curves, no numbers.
+Settings of appendix E.2: trained on length 32 (64 where elements are spread over tokens), tested to length 500; batch
+512, 312,500 steps (100 epochs of 1.6 million), AdamW, learning rate 1e-4, weight decay 0.01, gradient norm clipped to
+1, width 128, 4 heads, no convolution in DeltaNet, Mamba with its own. Deviations: sequences are drawn afresh instead
+of 1.6 million fixed ones; the learning rate follows a cosine with 10 % warm-up (the paper names no schedule). The
+paper prints curves, no numbers.
 """
 
 from __future__ import annotations

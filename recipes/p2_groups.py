@@ -1,8 +1,9 @@
 """Siems et al., arXiv 2502.10297, Figure 5 and Figure 12: S3, S4, A5, S5 with one layer and N = 1..4 factors per token.
 
-Settings of appendix C.1: trained on length 128, tested on 512; batch 1024 (2048 for S3), 195,312 steps (100 epochs of 2 million),
-AdamW (0.9, 0.999), learning rate 1e-3 on a cosine without warm-up, weight decay 1e-6, width 128, 12 heads of 32, no
-convolution, no gate. Deviations: sequences are drawn afresh; weights are kept in float32 (the paper's in bfloat16).
+Settings of appendix C.1: trained on length 128, tested on 512; batch 1024 (2048 for S3), 195,312 steps (100 epochs of
+2 million), AdamW (0.9, 0.999), learning rate 1e-3 on a cosine without warm-up, weight decay 1e-6, width 128, 12 heads
+of 32, no convolution, no gate. Deviations: sequences are drawn afresh; weights are kept in float32 (the paper's in
+bfloat16).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """How well a model solves a task at given lengths: the state is carried, memory does not grow with the length.
 
 Tasks with one answer per sequence give accuracy; tasks with an answer at every token also the share of sequences
-without a mistake up to a length (sequence accuracy, Grazzi et al., arXiv 2411.12537, E.2). Scaled accuracy is 0 for guessing.
+without a mistake up to a length (sequence accuracy, Grazzi et al., arXiv 2411.12537, E.2). Scaled accuracy is 0 for
+guessing.
 """
 
 from __future__ import annotations

@@ -65,9 +65,7 @@ def _mixer_from_dict(data: dict[str, Any]) -> MixerConfig:
     name = data.pop("mixer")
     if name not in MIXERS:
         raise UsageError(f"unknown mixer {name!r}; accepted: {', '.join(MIXERS)}")
-    if "eigenvalues" in data:
-        data["eigenvalues"] = tuple(data["eigenvalues"])
-    return MIXERS[name](**data)
+    return MIXERS[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
 
 
 class Block(nn.Module):

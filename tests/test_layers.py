@@ -148,7 +148,7 @@ def test_spectrum_of_mamba_reaches_both_ends_of_its_range(eigenvalues):
 OTHER = {
     "dim": 32, "heads": 1, "head_dim": 12, "factors": 2, "gate": True, "conv_size": 3, "output_gate": True,
     "eigenvalues": (-0.5, 0.5), "norm_eps": 0.1, "backend": "reference", "state_size": 3, "expand": 3, "rank": 3,
-    "rotary_base": 100.0,
+    "rotary_base": 100.0, "dt_range": (0.5, 0.9),
 }  # fmt: skip
 OPTIONS = [(cls, f.name) for cls in MIXERS.values() for f in dataclasses.fields(cls)]
 
@@ -176,6 +176,7 @@ BAD = [
     (DeltaProductConfig(dim=16, eigenvalues=(-2.0, 1.0)), "eigenvalues must be"),
     (MambaConfig(dim=16, eigenvalues=(1.0, 1.0)), "eigenvalues must be"),
     (MambaConfig(dim=16, state_size=0), "state_size must be"),
+    (MambaConfig(dim=16, dt_range=(0.1, 0.01)), "dt_range must be"),
     (AttentionConfig(dim=6, heads=2), "even head width"),
     (LSTMConfig(dim=0), "dim must be"),
 ]

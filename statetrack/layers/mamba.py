@@ -45,6 +45,8 @@ class MambaConfig:
     """rank of the time step's projection; default dim / 16, rounded up"""
     conv_size: int = 4
     """window of the short convolution; 0 for none"""
+    dt_range: tuple[float, float] = (1e-3, 0.1)
+    """time steps at initialisation, log-uniform between these"""
     eigenvalues: tuple[float, float] = (-1.0, 1.0)
     """range of the transition's eigenvalues"""
     backend: str = "auto"
@@ -70,6 +72,8 @@ class Mamba(nn.Module):
         check_positive(dim=config.dim, state_size=config.state_size, expand=config.expand)
         if config.conv_size < 0:
             raise UsageError(f"conv_size must be 0 (none) or a window of at least 1, got {config.conv_size}")
+        if len(config.dt_range) != 2 or not 0 < config.dt_range[0] <= config.dt_range[1]:
+            raise UsageError(f"dt_range must be (lo, hi) with 0 < lo <= hi, got {tuple(config.dt_range)}")
         self.config = config
         inner, M = config.expand * config.dim, config.state_size
         self.rank = math.ceil(config.dim / 16) if config.rank is None else config.rank
@@ -80,7 +84,7 @@ class Mamba(nn.Module):
         self.dt_proj = nn.Linear(self.rank, inner)
         nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
         with torch.no_grad():
-            self.dt_proj.bias.copy_(time_step_bias(inner))
+            self.dt_proj.bias.copy_(time_step_bias(inner, *config.dt_range))
         self.A_log = no_weight_decay(nn.Parameter(torch.arange(1, M + 1).float().log().repeat(inner, 1)))
         self.D = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, config.dim, bias=False)
