@@ -65,10 +65,13 @@ def selective_scan(
         initial_state = u.new_zeros(len(lengths), *A.shape, dtype=compute)
     if D is None:
         D = u.new_zeros(A.shape[0], dtype=compute)
-    cast = tuple(x.to(compute) for x in (u, dt, A, B, C, D))
-    run = selective_scan_reference if backend == "reference" else selective_scan_chunk
-    y, state = run(*cast, eigenvalues, initial_state.to(compute), lengths)  # pyright: ignore[reportCallIssue]
-    return y.to(u.dtype), state
+    initial_state, A, D = initial_state.to(compute), A.to(compute), D.to(compute)
+    one_token = cu_seqlens is None and u.shape[1] == 1  # decoding: nothing to put into blocks
+    if backend == "reference" or (backend == "auto" and one_token):
+        cast = (u.to(compute), dt.to(compute), A, B.to(compute), C.to(compute), D)
+        y, state = selective_scan_reference(*cast, eigenvalues, initial_state, lengths)
+        return y.to(u.dtype), state
+    return selective_scan_chunk(u, dt, A, B, C, D, eigenvalues, initial_state, lengths)
 
 
 def _check_shapes(u, dt, A, B, C, D, initial_state, cu_seqlens) -> list[int]:
