@@ -2,7 +2,12 @@
 
 Forward: `prepare` (every chunk's triangular inverse), then `walk` (the state, chunk after chunk). Backward, for a range
 of chunks at a time so that its workspace stays small: `prepare` again, `walk_back`, `gather`. Saved between the two:
-the inputs and the state at every chunk's start, in the type that the products take.
+the inputs, F, and the state at every chunk's start, in the type that the products take. One token without gradients is
+one kernel, `step`.
+
+Few heads and a long sequence would leave most of the GPU idle. Then the sequence is cut into segments that are walked
+side by side three times: from a zero state (giving c), from the identity without values (giving the transition A), and,
+once S <- A S + c has been taken over the segments in float64, from their true initial states. The adjoint needs A^T.
 
 Letters: B batch, T tokens, S sequences, C tokens per chunk, N factors per token, H value heads, K key dim, V value dim.
 """
@@ -17,13 +22,17 @@ from torch import Tensor
 
 from statetrack.errors import UsageError
 from statetrack.ops.delta_rule.triton_backward import gather, walk_back
+from statetrack.ops.delta_rule.triton_decode import step
 from statetrack.ops.delta_rule.triton_forward import ROWS, prepare, walk
 
 PRECISIONS = ("tracking", "fast")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DIM = 256
-BACKWARD_RANGES = 8  # the backward's workspace is about this fraction of one for the whole sequence
+BACKWARD_RANGES = 4  # the backward's workspace is about this fraction of one for the whole sequence
 MIN_RANGE = 8  # chunks
+FULL_GPU = 128  # (sequence, head) pairs that keep a GPU busy
+MIN_SEGMENT = 16  # chunks
+MIN_SEGMENTS = 4  # fewer do not pay for walking three times
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> str | None:
@@ -31,8 +40,9 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> st
     N, K, V = k.shape[2], k.shape[-1], v.shape[-1]
     if v.dtype not in DTYPES:
         return f"dtype {v.dtype}; accepted: float32, bfloat16, float16"
-    if max(K, V) > MAX_DIM:
-        return f"K = {K}, V = {V}; accepted: up to {MAX_DIM}"
+    most = MAX_DIM if v.dtype == torch.bfloat16 else MAX_DIM // 2
+    if K > most or V > MAX_DIM:
+        return f"K = {K}, V = {V} with {v.dtype}; accepted: K up to {most}, V up to {MAX_DIM}"
     if N > 8:
         return f"N = {N} factors per token; accepted: up to 8"
     if log_decay is not None and log_decay.ndim == 4:
@@ -66,7 +76,9 @@ def delta_rule_triton(
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     packed = [] if q.shape[0] == len(lengths) else lengths
     terms = 2 if precision == "tracking" else 1
-    o, state, _ = _forward(q, k, v, beta, log_decay, initial_state, scale, packed, terms, keep)
+    if q.shape[1] == 1 and not packed and not keep:
+        return _step(q, k, v, beta, log_decay, initial_state, scale)
+    o, state, *_ = _forward(q, k, v, beta, log_decay, initial_state, scale, packed, terms, keep)
     return o, state
 
 
@@ -77,13 +89,15 @@ class _Plan:
         self.B, self.T, self.HK, self.K = q.shape
         self.N, self.HV, self.V = k.shape[2], v.shape[3], v.shape[4]
         self.C = ROWS // self.N
-        self.varlen = len(packed) > 0
+        self.varlen, self.segments = len(packed) > 0, 1
         if self.varlen:
             self.S, self.most = len(packed), -(-max(packed) // self.C)
             self.starts, self.slots, self.bases = _tables(tuple(packed), self.C, q.device)
             self.chunks = self.slots.shape[0]
         else:
-            self.S, self.most = self.B, -(-self.T // self.C)
+            self.segments = segments(self.B * self.HV, self.T, self.C)
+            self.S, self.T = self.B * self.segments, self.T // self.segments
+            self.most = -(-self.T // self.C)
             self.starts = self.slots = self.bases = None
             self.chunks = self.S * self.most
         exact = v.dtype != torch.bfloat16
@@ -95,9 +109,12 @@ class _Plan:
         self.BV = walk_columns(self.V, BK, exact)
         even = not self.varlen and self.T % self.C == 0 and ROWS % self.N == 0 and self.BQ == self.C
         even = even and BK == self.K and self.V % self.BV == 0
-        self.walk = {"EVEN": even, "TERMS": terms, "BQ": self.BQ, "BV": self.BV, **walk_schedule(BK, exact)}
+        self.walk = {"EVEN": even, "TERMS": terms, "BQ": self.BQ, "BV": self.BV, **walk_schedule(BK, self.BV, exact)}
         wide = min(64 if BK <= 128 and not exact else 32 if BK <= 128 else 16, triton.next_power_of_2(self.V))
-        self.gather = {"BQ": self.BQ, "BV": max(16, wide), "num_warps": 8, "num_stages": 1}
+        wide = max(16, wide)
+        even = even and self.V % wide == 0
+        self.gather = {"EVEN": even, "BQ": self.BQ, "BV": wide, "num_warps": 4 if BK <= 128 and not exact else 8}
+        self.gather["STAGES"] = 1
 
     def workspace(self, slots: int, device: torch.device, terms: int) -> dict[str, Tensor]:
         """Allocate what `prepare` writes for this many (sequence, chunk) pairs."""
@@ -107,32 +124,45 @@ class _Plan:
         return {
             "X_hi": high,
             "X_lo": torch.empty_like(high) if two else high,
-            "scales": torch.empty(slots, self.HV, 3, ROWS, device=device),
-            "G": torch.empty(shape if self.common["GATE"] else (1,), dtype=torch.float64, device=device),
+            "scales": torch.empty(slots, self.HV, 4, ROWS, device=device),
+            "G": torch.empty((slots, self.HV, 2, ROWS) if self.common["GATE"] else (1,), device=device),
         }
 
-    def prepare(self, k: Tensor, beta: Tensor, log_decay: Tensor | None, low: int, high: int, terms: int):
+    def prepare(
+        self, k: Tensor, beta: Tensor, log_decay: Tensor | None, low: int, high: int, terms: int, backward: bool
+    ):
         """Run `prepare` on the chunks [low, high) of every sequence (all chunks of packed ones)."""
         slots = self.chunks if self.varlen else self.S * (high - low)
         work = self.workspace(slots, k.device, terms)
+        registers = {} if self.common["EXACT"] else {"maxnreg": 168}  # three programs per multiprocessor
         sizes = self.T, low, high - low, self.HK, self.HV, self.K
-        prepare[(slots, self.HV)](
+        prepare[(slots * self.HV,)](
             k, beta, log_decay, work["X_hi"], work["X_lo"], work["scales"], work["G"], self.starts, self.slots,
-            *sizes, **self.shapes, **self.common, num_warps=4, num_stages=1,
+            *sizes, **self.shapes, **self.common, BACKWARD=backward, num_warps=4, num_stages=1, **registers,
         )  # fmt: skip
         return work
 
 
+def segments(pairs: int, T: int, C: int) -> int:
+    """Return into how many segments to cut sequences of T tokens, given the number of (sequence, head) pairs."""
+    count = 1
+    while pairs * count < FULL_GPU and T % (2 * count * C) == 0 and T // (2 * count * C) >= MIN_SEGMENT:
+        count *= 2
+    return count if count >= MIN_SEGMENTS else 1
+
+
 def walk_columns(V: int, BK: int, exact: bool) -> int:
     """Return how many value columns of the state one program walks with."""
-    return 32 if exact and BK == 256 else 64
+    if exact:
+        return 32 if BK == 256 else 64
+    return 128 if BK == 128 and V > 64 else 64
 
 
-def walk_schedule(BK: int, exact: bool) -> dict[str, int]:
+def walk_schedule(BK: int, BV: int, exact: bool) -> dict[str, int]:
     """Return warps and pipeline depth of the two walks."""
     if exact:
         return {"num_warps": 8 if BK > 64 else 4, "STAGES": 1}
-    return {"num_warps": 8 if BK == 256 else 4, "STAGES": 1 if BK == 256 else 2}
+    return {"num_warps": 8 if BK == 256 or BV == 128 else 4, "STAGES": 1 if BK == 256 else 2}
 
 
 @lru_cache(maxsize=16)
@@ -160,22 +190,46 @@ def _forward(
     packed: list[int],
     terms: int,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     q, k, v, beta, initial = (t.contiguous() for t in (q, k, v, beta, initial_state.float()))
     log_decay = None if log_decay is None else log_decay.contiguous()
     plan = _Plan(q, k, v, log_decay, packed, terms)
     o, final = torch.empty_like(v[:, :, 0]), torch.empty_like(initial)
     saved = v.new_empty(_saved_shape(plan, keep), dtype=plan.low)
+    F = v.new_empty(v.shape if keep else (0,), dtype=plan.low)
     if plan.chunks == 0:
-        return o, final.copy_(initial), saved
-    work = plan.prepare(k, beta, log_decay, 0, plan.most, terms)
-    grid = (triton.cdiv(plan.V, plan.BV), plan.S * plan.HV)
-    walk[grid](
-        q, k, v, work["X_hi"], work["X_lo"], work["scales"], work["G"], initial, o, final, saved,
-        plan.starts, plan.bases, plan.T, scale, plan.HK, plan.HV, plan.K, plan.V,
-        SAVE=keep, OUTPUT=True, **plan.shapes, **plan.common, **plan.walk,
-    )  # fmt: skip
-    return o, final, saved
+        return o, final.copy_(initial), saved, F, initial.new_empty(0)
+    work = plan.prepare(k, beta, log_decay, 0, plan.most, terms, backward=False)
+
+    def run(start: Tensor, end: Tensor, V: int, values: bool, output: bool) -> Tensor:
+        walk[(triton.cdiv(V, plan.BV), plan.S * plan.HV)](
+            q, k, v, work["X_hi"], work["X_lo"], work["scales"], work["G"], start, o, end, saved, F,
+            plan.starts, plan.bases, plan.T, scale, plan.HK, plan.HV, plan.K, V,
+            SAVE=keep and output, VALUES=values, OUTPUT=output, **plan.shapes, **plan.common, **plan.walk,
+        )  # fmt: skip
+        return end
+
+    A = initial.new_empty(0)
+    if plan.segments == 1:
+        run(initial, final, plan.V, True, True)
+    else:
+        states = initial.new_zeros(plan.S, plan.HV, plan.K, plan.V)
+        c = run(states, torch.empty_like(states), plan.V, True, False)
+        eye = torch.eye(plan.K, device=q.device).expand(plan.S, plan.HV, plan.K, plan.K).contiguous()
+        A = run(eye, torch.empty_like(eye), plan.K, False, False)
+        states = _compose(A, c, initial, plan.segments, transpose=False)
+        final = run(states, c, plan.V, True, True).unflatten(0, (-1, plan.segments))[:, -1].contiguous()
+    return o, final, saved, F, A if keep else A.new_empty(0)
+
+
+def _compose(A: Tensor, c: Tensor, first: Tensor, count: int, transpose: bool) -> Tensor:
+    """Return each segment's initial state [S H K V] under S <- A S + c (backwards and with A^T if transpose)."""
+    A, c = (x.unflatten(0, (-1, count)).double() for x in (A, c))
+    state, out = first.double(), [first] * count
+    for s in range(count - 1, -1, -1) if transpose else range(count):
+        out[s] = state.float()
+        state = (A[:, s].mT if transpose else A[:, s]) @ state + c[:, s]
+    return torch.stack(out, 1).flatten(0, 1)
 
 
 def _saved_shape(plan: _Plan, keep: bool) -> tuple[int, ...]:
@@ -183,13 +237,18 @@ def _saved_shape(plan: _Plan, keep: bool) -> tuple[int, ...]:
 
 
 @_forward.register_fake
-def _(q, k, v, beta, log_decay, initial_state, scale, packed, terms, keep):
-    C = ROWS // k.shape[2]
+def _(*args):
+    q, k, v, _, _, initial_state, _, packed, _, keep = args
+    C, count = ROWS // k.shape[2], 1
+    if not packed:
+        count = segments(q.shape[0] * v.shape[3], q.shape[1], C)
     chunks = sum(-(-n // C) for n in packed) if packed else q.shape[0] * (-(-q.shape[1] // C))
     low = torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
     shape = (chunks, v.shape[3], v.shape[4], q.shape[3]) if keep else (0,)
     state = torch.empty_like(initial_state, dtype=torch.float32, memory_format=torch.contiguous_format)
-    return v.new_empty(v.shape[:2] + v.shape[3:]), state, v.new_empty(shape, dtype=low)
+    path = (q.shape[0] * count, v.shape[3], q.shape[3], q.shape[3]) if keep and count > 1 else (0,)
+    saved, F = v.new_empty(shape, dtype=low), v.new_empty(v.shape if keep else (0,), dtype=low)
+    return v.new_empty(v.shape[:2] + v.shape[3:]), state, saved, F, state.new_empty(path)
 
 
 @torch.library.custom_op("statetrack::delta_rule_backward", mutates_args=())
@@ -200,6 +259,8 @@ def _backward(
     beta: Tensor,
     log_decay: Tensor | None,
     saved: Tensor,
+    F: Tensor,
+    A: Tensor,
     d_out: Tensor,
     d_final: Tensor,
     scale: float,
@@ -210,8 +271,10 @@ def _backward(
     log_decay = None if log_decay is None else log_decay.contiguous()
     plan = _Plan(q, k, v, log_decay, packed, terms)
     groups = plan.HV // plan.HK
-    heads = lambda x: torch.empty(  # noqa: E731
-        *x.shape[:-2], plan.HV, plan.K, dtype=x.dtype if groups == 1 else torch.float32, device=x.device
+    heads = (
+        lambda x: torch.empty(  # noqa: E731
+            *x.shape[:-2], plan.HV, plan.K, dtype=x.dtype if groups == 1 else torch.float32, device=x.device
+        )
     )
     dq, dk, dv = heads(q), heads(k), torch.empty_like(v)
     d_beta = torch.empty(beta.shape, device=q.device)
@@ -221,21 +284,29 @@ def _backward(
         d_out, walk_scale = torch.zeros_like(d_out), 1.0
     else:
         walk_scale = scale
-    grid = (triton.cdiv(plan.V, plan.BV), plan.S * plan.HV)
+
+    def run(work: dict[str, Tensor], ends: Tensor, out: Tensor, low: int, high: int, output: bool) -> None:
+        walk_back[(triton.cdiv(plan.V, plan.BV), plan.S * plan.HV)](
+            q, k, d_out, work["X_hi"], work["X_lo"], work["scales"], work["G"], out, ends, dv, d_saved,
+            plan.starts, plan.bases, plan.T, low, high, walk_scale, plan.HK, plan.HV, plan.K, plan.V,
+            OUTPUT=output, **plan.shapes, **plan.common, **plan.walk,
+        )  # fmt: skip
+
     for low, high in _ranges(plan):
-        work = plan.prepare(k, beta, log_decay, low, high, terms)
+        work = plan.prepare(k, beta, log_decay, low, high, terms, backward=True)
         slots = work["X_hi"].shape[0]
         d_saved = torch.empty(slots, plan.HV, plan.V, plan.K, dtype=plan.low, device=q.device)
-        walk_back[grid](
-            q, k, d_out, work["X_hi"], work["X_lo"], work["scales"], work["G"], d_state, d_state, dv, d_saved,
-            plan.starts, plan.bases, plan.T, low, high, walk_scale, plan.HK, plan.HV, plan.K, plan.V,
-            **plan.shapes, **plan.common, **plan.walk,
+        if plan.segments > 1:
+            c = d_state.new_zeros(plan.S, plan.HV, plan.K, plan.V)
+            run(work, c, c, low, high, False)
+            d_state = _compose(A, c, d_final, plan.segments, transpose=True)
+        run(work, d_state, d_state, low, high, True)
+        gather[(slots * plan.HV,)](
+            q, k, v, log_decay, d_out, work["scales"], work["G"], saved, F, d_saved, dv, dq, dk, d_beta, d_decay,
+            plan.starts, plan.slots, plan.T, low, high - low, plan.most, scale, plan.HK, plan.HV, plan.K, plan.V,
+            **plan.shapes, **plan.common, **plan.gather,
         )  # fmt: skip
-        gather[(slots, plan.HV)](
-            q, k, v, log_decay, d_out, work["X_hi"], work["scales"], work["G"], saved, d_saved, dv, dq, dk, d_beta,
-            d_decay, plan.starts, plan.slots, plan.T, low, high - low, plan.most, scale, plan.HK, plan.HV, plan.K,
-            plan.V, **plan.shapes, **plan.common, **plan.gather,
-        )  # fmt: skip
+    d_state = d_state.unflatten(0, (-1, plan.segments))[:, 0].contiguous()
     if groups > 1:
         dq, dk = (x.unflatten(-2, (plan.HK, groups)).sum(-2) for x in (dq, dk))
     d_decay = d_decay if log_decay is None else d_decay.to(log_decay.dtype)
@@ -246,14 +317,15 @@ def _ranges(plan: _Plan) -> list[tuple[int, int]]:
     """Return the ranges of chunks that the backward takes one after another, last one first."""
     if plan.chunks == 0:
         return []
-    if plan.varlen:
+    if plan.varlen or plan.segments > 1:
         return [(0, plan.most)]
     step = max(MIN_RANGE, -(-plan.most // BACKWARD_RANGES))
     return [(low, min(low + step, plan.most)) for low in range(0, plan.most, step)][::-1]
 
 
 @_backward.register_fake
-def _(q, k, v, beta, log_decay, saved, d_out, d_final, scale, packed, terms):
+def _(*args):
+    q, k, v, beta, log_decay, d_final = *args[:5], args[9]
     new = lambda x: torch.empty_like(x, memory_format=torch.contiguous_format)  # noqa: E731
     d_decay = beta.new_empty((), dtype=torch.float32) if log_decay is None else new(log_decay)
     return new(q), new(k), new(v), new(beta), d_decay, new(d_final.float())
@@ -261,18 +333,67 @@ def _(q, k, v, beta, log_decay, saved, d_out, d_final, scale, packed, terms):
 
 def _save_for_backward(ctx, inputs, output):
     q, k, v, beta, log_decay, initial_state, ctx.scale, ctx.packed, ctx.terms, _ = inputs
-    ctx.state_dtype = initial_state.dtype
-    ctx.save_for_backward(q, k, v, beta, log_decay, output[2])
-    ctx.mark_non_differentiable(output[2])
+    ctx.state_dtype, ctx.state_shape = initial_state.dtype, initial_state.shape
+    ctx.save_for_backward(q, k, v, beta, log_decay, *output[2:])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)  # else zeros as large as what was saved
 
 
-def _run_backward(ctx, d_out, d_final, _):
-    q, k, v, beta, log_decay, saved = ctx.saved_tensors
+def _run_backward(ctx, d_out, d_final, *_):
+    q, k, v, beta, log_decay, saved, F, A = ctx.saved_tensors
+    if d_out is None:
+        d_out = v.new_zeros(v.shape[:2] + v.shape[3:])
+    if d_final is None:
+        d_final = v.new_zeros(ctx.state_shape, dtype=torch.float32)
     dq, dk, dv, d_beta, d_decay, d_state = _backward(
-        q, k, v, beta, log_decay, saved, d_out, d_final, ctx.scale, ctx.packed, ctx.terms
+        q, k, v, beta, log_decay, saved, F, A, d_out, d_final, ctx.scale, ctx.packed, ctx.terms
     )
     d_decay = None if log_decay is None else d_decay
     return dq, dk, dv, d_beta, d_decay, d_state.to(ctx.state_dtype), None, None, None, None
 
 
 _forward.register_autograd(_run_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("statetrack::delta_rule_step", mutates_args=())
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    state = state.contiguous().float()
+    final = torch.empty_like(state)
+    return _launch_step(q, k, v, beta, log_decay, state, scale, final), final
+
+
+@_step.register_fake
+def _(q, k, v, *rest):
+    state = rest[2]
+    final = torch.empty_like(state, dtype=torch.float32, memory_format=torch.contiguous_format)
+    return v.new_empty(q.shape[0], 1, *v.shape[3:]), final
+
+
+@torch.library.custom_op("statetrack::delta_rule_step_", mutates_args=("state",))
+def delta_rule_step_(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor, scale: float
+) -> Tensor:
+    """Take one token (T = 1) and update the float32 state [B H K V] in place; return o. No gradients."""
+    if state.dtype != torch.float32 or not state.is_contiguous():
+        raise UsageError(f"state must be contiguous float32, got {state.dtype} with strides {state.stride()}")
+    return _launch_step(q, k, v, beta, log_decay, state, scale, state)
+
+
+@delta_rule_step_.register_fake
+def _(q, k, v, *rest):  # noqa: ARG001
+    return v.new_empty(q.shape[0], 1, *v.shape[3:])
+
+
+def _launch_step(q, k, v, beta, log_decay, state, scale, final) -> Tensor:
+    q, k, v, beta = (t.contiguous() for t in (q, k, v, beta))
+    log_decay = None if log_decay is None else log_decay.contiguous()
+    (B, _, HK, K), (N, HV, V) = q.shape, (k.shape[2], v.shape[3], v.shape[4])
+    o = torch.empty(B, 1, HV, V, dtype=v.dtype, device=v.device)
+    BK, BV = max(16, triton.next_power_of_2(K)), 16 if B * HV * V < 32 * 2 * FULL_GPU else 32
+    step[(triton.cdiv(V, BV), B * HV)](
+        q, k, v, beta, log_decay, state, o, final, scale, HK, HV, K, V,
+        N=N, BK=BK, BV=BV, GATE=log_decay is not None, num_warps=4,
+    )  # fmt: skip
+    return o

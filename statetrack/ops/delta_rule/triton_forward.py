@@ -1,15 +1,17 @@
 """The delta rule's forward kernels: what each chunk needs beside its inputs, then the walk over chunks.
 
-`prepare` (parallel over chunks) computes, for the M = C N rows of a chunk and with w, n, p from the keys k p,
+`prepare` (parallel over chunks) computes, for the M = C N rows of a chunk, with p the power of two that brings a key's
+largest entry near 1, n = |p k| and w = beta / n^2,
 
-    X = p (I + stril(w_i p_i p_j k_i.k_j D_ij))^-1,   D_ij = decay from row j to row i
+    L_ij = p_i p_j k_i.k_j D_ij (j < i; D_ij the decay from row j to row i),   X = (I + L diag(w))^-1
 
 `walk` holds S^T [V K] in float32 and feeds the tensor cores two-term splits of it, of R and of U, chunk after chunk:
 
-    R = w (n v - p D_i0 k S),   U = X R,   o_i = D_i0 q_i S + sum_j D_ij (q_i.k_j) U_j,   S <- D_C0 S + (D_Cj k)^T U
+    R = n v - p D_i0 k S,  F = X R,  U = p w F,  o_i = D_i0 q_i S + sum_j D_ij (q_i.k_j) U_j,  S <- D_C0 S + (D_Cj k)^T U
 
 Everything is computed transposed (V rows), so that S, R and U go from one product's accumulator into the next product's
-left operand without leaving registers. Keys enter the products as stored; p, a power of two, is folded into X and R.
+left operand without leaving registers. Keys enter the products as stored. For the backward, `prepare` computes the
+other form, p (I + diag(w) L)^-1, and `walk` saves S at the chunks' starts and F.
 
 Letters: B batch, T tokens, C tokens per chunk, N factors per token, M rows of a chunk (64, the last ones empty when N
 does not divide 64), H value heads, K key dim, V value dim. A `slot` numbers the (sequence, chunk) pairs of a workspace.
@@ -29,8 +31,9 @@ def split(x, EXACT: tl.constexpr):
         hi = x
         lo = x
     else:
-        hi = x.to(tl.bfloat16)
-        lo = (x - hi.to(tl.float32)).to(tl.bfloat16)
+        near = ((x.to(tl.int32, bitcast=True) + 0x8000) & -65536).to(tl.float32, bitcast=True)  # packs two at a time
+        hi = near.to(tl.bfloat16)
+        lo = (x - near).to(tl.bfloat16)
     return hi, lo
 
 
@@ -45,21 +48,34 @@ def dot(a, b, EXACT: tl.constexpr):
 
 
 @triton.jit
+def dot_add(a, b, acc, EXACT: tl.constexpr):
+    """Return acc + a b for operands of one term."""
+    if EXACT:
+        out = tl.dot(a, b, acc, input_precision="tf32x3")
+    else:
+        out = tl.dot(a, b, acc)
+    return out
+
+
+@triton.jit
 def dot_split(hi, lo, b, TERMS: tl.constexpr, EXACT: tl.constexpr):
-    """Return (hi + lo) b."""
-    out = dot(hi, b, EXACT)
+    """Return (hi + lo) b. The low term goes first: the tensor cores truncate whenever they add to a large sum."""
     if TERMS == 2 and not EXACT:
-        out = tl.dot(lo, b, out)
+        out = tl.dot(hi, b, tl.dot(lo, b))
+    else:
+        out = dot(hi, b, EXACT)
     return out
 
 
 @triton.jit
 def dot_both(hi, lo, b_hi, b_lo, TERMS: tl.constexpr, EXACT: tl.constexpr):
     """Return (hi + lo) (b_hi + b_lo), without the product of the low terms."""
-    out = dot(hi, b_hi, EXACT)
     if TERMS == 2 and not EXACT:
-        out = tl.dot(lo, b_hi, out)
+        out = tl.dot(lo, b_hi)
         out = tl.dot(hi, b_lo, out)
+        out = tl.dot(hi, b_hi, out)
+    else:
+        out = dot(hi, b_hi, EXACT)
     return out
 
 
@@ -86,7 +102,13 @@ def span(s, c, starts, T, C: tl.constexpr, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def _power(largest):
+def decay_between(hi, lo, from_hi, from_lo, wanted):
+    """Return exp of the difference of two running log decays, each given as two terms, where wanted (else 1)."""
+    return tl.exp(tl.where(wanted, (hi - from_hi) + (lo - from_lo), 0.0))
+
+
+@triton.jit
+def power(largest):
     """Return the power of two that brings a float32 near 1 (1 for 0)."""
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
     p = ((253 - tl.minimum(tl.maximum(exponent, 1), 252)) << 23).to(tl.float32, bitcast=True)
@@ -95,9 +117,9 @@ def _power(largest):
 
 @triton.jit
 def key_scales(k):
-    """Return p, |k p|^2 (1 for a zero key) of every row of a float32 tile."""
-    p = _power(tl.max(tl.abs(k), 1))
-    scaled = k * p[:, None]
+    """Return p and |k p|^2 (1 for a zero key) in float64 of every row of a float32 tile."""
+    p = power(tl.max(tl.abs(k), 1))
+    scaled = (k * p[:, None]).to(tl.float64)
     squared = tl.sum(scaled * scaled, 1)
     return p, tl.where(squared == 0.0, 1.0, squared)
 
@@ -135,11 +157,11 @@ def prepare(
     k, beta, log_decay, X_hi, X_lo, scales, G, starts, slots,
     T, c_lo, n_chunks, HK, HV, K,
     N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    GATE: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr,
+    GATE: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Write one chunk's X (as two terms), w, n, p and running log decay (float64)."""
-    slot = tl.program_id(0)
-    h = tl.program_id(1)
+    """Write one chunk's X (as two terms), w, n, p, the rest of w and the running log decay (as two terms)."""
+    slot = tl.program_id(0) // HV  # heads vary fastest: their rows are neighbours in memory
+    h = tl.program_id(0) % HV
     if VARLEN:
         s = tl.load(slots + 2 * slot)
         c = tl.load(slots + 2 * slot + 1)
@@ -154,37 +176,50 @@ def prepare(
     kp = k + ((row * HK + h // (HV // HK)) * K)[:, None] + d[None, :]
     kt = operand(tl.load(kp, mask=alive[:, None] & (d < K)[None, :], other=0.0), EXACT)
     p, squared = key_scales(kt.to(tl.float32))
-    w = tl.load(beta + row * HV + h, mask=alive, other=0.0).to(tl.float32) / squared
-    A = dot(kt, tl.trans(kt), EXACT) * (w * p)[:, None] * p[None, :]
+    both = tl.load(beta + row * HV + h, mask=alive, other=0.0).to(tl.float64) / squared
+    w = both.to(tl.float32)
+    A = dot(kt, tl.trans(kt), EXACT)
+    if BACKWARD:
+        A *= (w * p)[:, None] * p[None, :]
+    else:
+        A *= p[:, None] * (w * p)[None, :]
     out = (slot.to(tl.int64) * HV + h) * 64
     if GATE:
         first = alive & (i % N == 0)
         g = tl.load(log_decay + (token + i // N) * HV + h, mask=first, other=0.0).to(tl.float64)
         g = tl.cumsum(tl.maximum(g, CUT), 0)
-        tl.store(G + out + i, g)
-        gap = tl.where(i[:, None] > i[None, :], g[:, None] - g[None, :], 0.0)
-        A *= tl.exp(gap.to(tl.float32))
+        g_hi = g.to(tl.float32)
+        g_lo = (g - g_hi.to(tl.float64)).to(tl.float32)
+        tl.store(G + out * 2 + i, g_hi)
+        tl.store(G + out * 2 + 64 + i, g_lo)
+        A *= decay_between(g_hi[:, None], g_lo[:, None], g_hi[None, :], g_lo[None, :], i[:, None] > i[None, :])
     A = tl.where(i[:, None] > i[None, :], A, 0.0)
-    X = _unit_lower_inverse(A, EXACT) * p[:, None]
+    X = _unit_lower_inverse(A, EXACT)
+    if BACKWARD:
+        X *= p[:, None]
     hi, lo = split(X, EXACT)
     tile = out * 64 + i[:, None] * 64 + i[None, :]
     tl.store(X_hi + tile, hi)
     if not EXACT:
         tl.store(X_lo + tile, lo)
-    tl.store(scales + out * 3 + i, w)
-    tl.store(scales + out * 3 + 64 + i, tl.sqrt(squared))
-    tl.store(scales + out * 3 + 128 + i, p)
+    tl.store(scales + out * 4 + i, w)
+    tl.store(scales + out * 4 + 64 + i, tl.sqrt(squared.to(tl.float32)))
+    tl.store(scales + out * 4 + 128 + i, p)
+    tl.store(scales + out * 4 + 192 + i, (both - w.to(tl.float64)).to(tl.float32))
 
 
 @triton.jit
 def walk(
-    q, k, v, X_hi, X_lo, scales, G, initial, o, final, saved, starts, bases,
+    q, k, v, X_hi, X_lo, scales, G, initial, o, final, saved, F, starts, bases,
     T, scale, HK, HV, K, V,
     N: tl.constexpr, C: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, VARLEN: tl.constexpr, EVEN: tl.constexpr, SAVE: tl.constexpr,
-    OUTPUT: tl.constexpr, TERMS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    VALUES: tl.constexpr, OUTPUT: tl.constexpr, TERMS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Walk over the chunks of one sequence and head, for BV columns of the state."""
+    """Walk over the chunks of one sequence and head, for BV columns of the state.
+
+    Without VALUES it applies the transition alone; without OUTPUT it leaves only the final state.
+    """
     iv = tl.program_id(0)
     sh = tl.program_id(1)
     s = sh // HV
@@ -211,6 +246,7 @@ def walk(
     v += (token * N * HV + h) * V + iv * BV
     q += (token * HK + hk) * K
     o += (token * HV + h) * V + iv * BV
+    F += (token * N * HV + h) * V + iv * BV
     er = tl.arange(0, BV)
     for c in tl.range(0, chunks, num_stages=STAGES):
         slot = (base + c) * HV + h
@@ -220,14 +256,16 @@ def walk(
         op = o + (iq * (HV * V))[None, :] + er[:, None]
         if EVEN:
             kt = operand(tl.load(kp), EXACT)
-            vt = tl.load(vp)
+            if VALUES:
+                vt = tl.load(vp)
             if OUTPUT:
                 qt = operand(tl.load(qp), EXACT)
         else:
             left = total - c * C
             rows = i < tl.minimum(left, C) * N
             kt = operand(tl.load(kp, mask=rows[:, None] & in_k[None, :], other=0.0), EXACT)
-            vt = tl.load(vp, mask=rows[None, :] & in_v[:, None], other=0.0)
+            if VALUES:
+                vt = tl.load(vp, mask=rows[None, :] & in_v[:, None], other=0.0)
             if OUTPUT:
                 asked = iq < tl.minimum(left, C)
                 qt = operand(tl.load(qp, mask=asked[:, None] & in_k[None, :], other=0.0), EXACT)
@@ -237,9 +275,9 @@ def walk(
             x_lo = tl.load(X_lo + slot * 4096 + xp)
         else:
             x_lo = x_hi
-        w = tl.load(scales + slot * 192 + i)
-        n = tl.load(scales + slot * 192 + 64 + i)
-        p = tl.load(scales + slot * 192 + 128 + i)
+        w = tl.load(scales + slot * 256 + i)
+        n = tl.load(scales + slot * 256 + 64 + i)
+        p = tl.load(scales + slot * 256 + 128 + i)
 
         s_hi, s_lo = split(ST, EXACT)
         if SAVE:
@@ -249,43 +287,56 @@ def walk(
             else:
                 tl.store(keep, s_hi, mask=in_v[:, None] & in_k[None, :])
         RT = dot_split(s_hi, s_lo, tl.trans(kt), TERMS, EXACT)
+        RT *= p[None, :]
         if GATE:
-            g = tl.load(G + slot * 64 + i)
-            g_last = tl.load(G + slot * 64 + 63)
-            RT = vt.to(tl.float32) * (w * n)[None, :] - RT * (w * p * tl.exp(g.to(tl.float32)))[None, :]
+            g_hi = tl.load(G + slot * 128 + i)
+            g_lo = tl.load(G + slot * 128 + 64 + i)
+            last_hi = tl.load(G + slot * 128 + 63)
+            last_lo = tl.load(G + slot * 128 + 127)
+            RT *= tl.exp(g_hi)[None, :]
+        if VALUES:
+            RT = vt.to(tl.float32) * n[None, :] - RT
         else:
-            RT = vt.to(tl.float32) * (w * n)[None, :] - RT * (w * p)[None, :]
+            RT = -RT
         r_hi, r_lo = split(RT, EXACT)
         UT = dot_both(r_hi, r_lo, tl.trans(x_hi), tl.trans(x_lo), TERMS, EXACT)
+        if SAVE:
+            fp = F + (i * (HV * V))[None, :] + er[:, None]
+            if EVEN:
+                tl.store(fp, UT.to(F.dtype.element_ty))
+            else:
+                tl.store(fp, UT.to(F.dtype.element_ty), mask=rows[None, :] & in_v[:, None])
+        if TERMS == 2:  # the rounding of w is the same whenever a key recurs, so it would add up
+            w_lo = tl.load(scales + slot * 256 + 192 + i)
+            UT = UT * (w * p)[None, :] + UT * (w_lo * p)[None, :]
+        else:
+            UT *= (w * p)[None, :]
         u_hi, u_lo = split(UT, EXACT)
         if OUTPUT:
             OT = dot(s_hi, tl.trans(qt), EXACT)
             PT = dot(kt, tl.trans(qt), EXACT)
             if GATE:
-                gq = tl.load(G + slot * 64 + tl.minimum(iq * N, 63))
-                OT *= tl.exp(gq.to(tl.float32))[None, :]
-                PT *= tl.exp(tl.where(see, gq[None, :] - g[:, None], 0.0).to(tl.float32))
+                at = tl.minimum(iq * N, 63)
+                q_hi = tl.load(G + slot * 128 + at)
+                q_lo = tl.load(G + slot * 128 + 64 + at)
+                OT *= tl.exp(q_hi)[None, :]
+                PT *= decay_between(q_hi[None, :], q_lo[None, :], g_hi[:, None], g_lo[:, None], see)
             PT = tl.where(see, PT, 0.0)
-            if EXACT:
-                OT += dot(u_hi, PT, EXACT)
-            else:
-                OT = tl.dot(u_hi, PT.to(tl.bfloat16), OT)
+            OT = dot_add(u_hi, PT.to(u_hi.dtype), OT, EXACT)
             OT = (OT * scale).to(o.dtype.element_ty)
             if EVEN:
                 tl.store(op, OT)
             else:
                 tl.store(op, OT, mask=asked[None, :] & in_v[:, None])
         if GATE:
-            u_hi, u_lo = split(UT * tl.exp((g_last - g).to(tl.float32))[None, :], EXACT)
-            ST *= tl.exp(g_last.to(tl.float32))
-        if EXACT:
-            ST += tl.dot(u_hi, kt, input_precision="tf32x3")
-        else:
-            ST = tl.dot(u_hi, kt, ST)
-            if TERMS == 2:
-                ST = tl.dot(u_lo, kt, ST)
+            u_hi, u_lo = split(UT * decay_between(last_hi, last_lo, g_hi, g_lo, i >= 0)[None, :], EXACT)
+            ST *= tl.exp(last_hi)
+        ST = dot_add(u_hi, kt, ST, EXACT)
+        if TERMS == 2 and not EXACT:
+            ST = tl.dot(u_lo, kt, ST)
         k += C * N * HK * K
         v += C * N * HV * V
         q += C * HK * K
         o += C * HV * V
+        F += C * N * HV * V
     tl.store(final + tile, ST, mask=in_v[:, None] & in_k[None, :])

@@ -1,0 +1,241 @@
+"""The delta rule on one GPU: ours beside fla-core's and FlashQLA's kernels, interleaved in one run.
+
+    python benchmarks/delta_rule_gpu.py [--out FILE.md] [--only N1 T32k N2 N4 tracking decode] [--long] [--no-peers]
+
+Needs a CUDA device and Triton; a peer that is not installed is left out (fla-core 0.6.0, flash-qla 0.1.3). Times are
+medians of device events, the implementations taking turns; peak memory is above what is allocated before the call, the
+previous gradients included; the first call's time is wall-clock, compilation included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+
+from statetrack.ops.delta_rule.triton import delta_rule_triton
+
+ROUNDS, REPEATS = 5, 4
+SHAPES = {  # B, T, H, K = V, N
+    "N1": (8, 4096, 16, 128, 1),
+    "T32k": (1, 32768, 16, 128, 1),
+    "N2": (8, 4096, 16, 128, 2),
+    "N4": (8, 4096, 16, 128, 4),
+}
+
+
+def inputs(B, T, H, D, N, highest=2.0):
+    """Draw unit keys and queries, normal values, beta in [0, highest], on the GPU in bf16."""
+    draw = lambda *shape: torch.randn(*shape, device="cuda")  # noqa: E731
+    q = F.normalize(draw(B, T, H, D), dim=-1).bfloat16()
+    k = F.normalize(draw(B, T, N, H, D), dim=-1).bfloat16()
+    v = draw(B, T, N, H, D).bfloat16()
+    beta = torch.rand(B, T, N, H, device="cuda") * highest
+    return [x.requires_grad_() for x in (q, k, v, beta)]
+
+
+def ours(precision="tracking"):
+    def run(q, k, v, beta):
+        B, T, H, D = q.shape
+        state = torch.zeros(B, H, D, D, device=q.device)
+        return delta_rule_triton(q, k, v, beta, None, D**-0.5, state, [T] * B, precision)
+
+    return run
+
+
+def ours_fast():
+    return ours("fast")
+
+
+def fla():
+    from fla.ops.delta_rule import chunk_delta_rule
+    from fla.ops.gated_delta_product import chunk_gated_delta_product
+
+    def run(q, k, v, beta):
+        N = k.shape[2]
+        if N == 1:
+            return chunk_delta_rule(q, k.flatten(1, 2), v.flatten(1, 2), beta.flatten(1, 2), output_final_state=True)
+        flat = k.flatten(1, 2), v.flatten(1, 2)
+        gate = torch.zeros(*q.shape[:3], device=q.device)
+        return chunk_gated_delta_product(
+            q, *flat, gate, beta.flatten(1, 2), num_householder=N, output_final_state=True
+        )  # fmt: skip
+
+    return run
+
+
+def flash_qla():
+    from flash_qla import chunk_gated_delta_rule
+
+    def run(q, k, v, beta):
+        if k.shape[2] > 1:
+            raise NotImplementedError("one factor per token")
+        gate = torch.zeros(*q.shape[:3], device=q.device)
+        k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
+        return chunk_gated_delta_rule(q=q, k=k, v=v, g=gate, beta=beta, output_final_state=True)
+
+    return run
+
+
+def available(peers: bool = True) -> dict:
+    """Return the implementations that can be imported here."""
+    found = {}
+    for name, make in (
+        ("statetrack", ours),
+        ("statetrack fast", ours_fast),
+        ("fla-core", fla),
+        ("FlashQLA", flash_qla),
+    ):
+        if not peers and not name.startswith("statetrack"):
+            continue
+        try:
+            found[name] = make()
+        except ImportError as error:
+            print(f"{name}: left out ({error})")
+    return found
+
+
+def device_ms(fn) -> float:
+    """Return the time of REPEATS calls on the device, divided by REPEATS."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(REPEATS):
+        fn()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / REPEATS
+
+
+def compare(shape, peers: bool) -> list[dict]:
+    """Time every implementation on one shape, taking turns."""
+    x = inputs(*shape)
+    d_out = torch.randn(*x[0].shape, device="cuda").bfloat16()
+    runs, rows = {}, {}
+    for name, f in available(peers).items():
+
+        def forward(f=f):
+            with torch.no_grad():
+                f(*x)
+
+        def both(f=f):
+            for t in x:
+                t.grad = None
+            f(*x)[0].backward(d_out)
+
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        try:
+            both()
+            torch.cuda.synchronize()
+        except Exception as error:  # a peer that lacks the shape is a row, not the end of the run
+            rows[name] = {"error": f"{type(error).__name__}: {error}"[:80]}
+            continue
+        first = time.perf_counter() - began
+        forward()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        both()
+        torch.cuda.synchronize()
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+        rows[name] = {"first s": first, "peak MiB": peak}
+        runs[name] = forward, both
+    times = {name: ([], []) for name in runs}
+    for _ in range(ROUNDS):
+        for name, pair in runs.items():
+            for kept, fn in zip(times[name], pair, strict=True):
+                fn()
+                kept.append(device_ms(fn))
+    for name, (f, b) in times.items():
+        rows[name] |= {"forward ms": median(f), "forward+backward ms": median(b)}
+    return [{"implementation": name} | row for name, row in rows.items()]
+
+
+def tracking(lengths, peers: bool, dtype=torch.bfloat16, H=2, D=128) -> list[dict]:
+    """Measure the state's error after reflections along 8 directions, one write at the start, against float64."""
+    torch.manual_seed(0)
+    T = max(lengths)
+    directions = F.normalize(torch.randn(8, H, D, device="cuda"), dim=-1).to(dtype)
+    index = torch.randint(0, 8, (T,), device="cuda")
+    k = directions[index].view(1, T, 1, H, D)
+    q = F.normalize(torch.randn(1, T, H, D, device="cuda"), dim=-1).to(dtype)
+    v = torch.zeros(1, T, 1, H, D, device="cuda", dtype=dtype)
+    v[:, 0] = torch.randn(1, H, D, device="cuda").to(dtype)
+    beta = torch.full((1, T, 1, H), 2.0, device="cuda")
+    exact = _reflect(directions.double(), index, v[0, 0, 0].double(), lengths)
+    rows = []
+    for name, f in available(peers).items():
+        row = {"implementation": name, "dtype": str(dtype).removeprefix("torch.")}
+        for n in lengths:
+            try:
+                with torch.no_grad():
+                    _, state = f(q[:, :n], k[:, :n], v[:, :n], beta[:, :n])
+                state = state[0].double()
+                row[f"T={n}"] = ((state - exact[n]).norm() / exact[n].norm()).item()
+            except Exception as error:
+                row[f"T={n}"] = type(error).__name__
+        rows.append(row)
+    return rows
+
+
+def _reflect(directions, index, v, lengths) -> dict:
+    """Return the exact state [H K V] after each length: one reflection matrix per direction, chunks of 64 composed."""
+    d = F.normalize(directions, dim=-1).transpose(0, 1)  # [H 8 K]
+    eye = torch.eye(d.shape[-1], dtype=d.dtype, device=d.device)
+    mirrors = eye - 2 * d[..., :, None] * d[..., None, :]  # [H 8 K K]
+    state = 2 * d[:, index[0], :, None] * v[:, None, :]
+    path = mirrors[:, index[1:]] if len(index) <= 4096 else None
+    out, t = {}, 1
+    for n in sorted(lengths):
+        while t < n:
+            stop = min(n, t + 4096)
+            block = path[:, t - 1 : stop - 1] if path is not None else mirrors[:, index[t:stop]]
+            while block.shape[1] > 1:  # pairwise products, later factor on the left
+                if block.shape[1] % 2:
+                    block = torch.cat([block, eye.expand(block.shape[0], 1, *eye.shape)], dim=1)
+                block = block[:, 1::2] @ block[:, 0::2]
+            state, t = block[:, 0] @ state, stop
+        out[n] = state.clone()
+    return out
+
+
+def table(title: str, rows: list[dict]) -> str:
+    """Format rows as a markdown table."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    show = lambda x: (f"{x:.3g}" if abs(x) < 100 else f"{x:.0f}") if isinstance(x, float) else str(x)  # noqa: E731
+    lines = [f"### {title}", "", "| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys)]
+    lines += ["| " + " | ".join(show(row.get(key, "")) for key in keys) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", nargs="+", choices=[*SHAPES, "tracking"], default=[*SHAPES, "tracking"])
+    parser.add_argument("--long", action="store_true", help="tracking error up to a million tokens")
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="ours only")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    head = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {__import__('triton').__version__}\n"
+    parts = [head]
+    print(head)
+    for name in args.only:
+        if name == "tracking":
+            lengths = [4096, 65536] + ([1048576] if args.long else [])
+            text = table("state error while tracking (beta = 2, 8 directions)", tracking(lengths, args.peers))
+            text += "\n" + table("the same, float32 inputs", tracking(lengths[:2], args.peers, torch.float32))
+        else:
+            B, T, H, D, N = SHAPES[name]
+            text = table(f"B={B} T={T} H={H} K=V={D} N={N}, bf16", compare(SHAPES[name], args.peers))
+        torch.cuda.empty_cache()
+        print(text, flush=True)
+        parts.append(text)
+        if args.out:
+            args.out.write_text("\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()
