@@ -14,16 +14,17 @@ def demo_settings(mixer: str, eigenvalues: tuple[float, float], seed: int) -> Se
     """Return the run of "deltanet" or "mamba" with the given range."""
     configs: dict[str, MixerConfig] = {
         "deltanet": DeltaProductConfig(dim=32, heads=2, conv_size=0, eigenvalues=eigenvalues),
-        "mamba": MambaConfig(dim=32, state_size=8, conv_size=0, eigenvalues=eigenvalues),
+        "mamba": MambaConfig(dim=32, state_size=4, rank=32, conv_size=0, dt_range=(0.1, 1.0), eigenvalues=eigenvalues),
     }
     model = Config(vocab_size=3, num_outputs=3, mixers=(configs[mixer],), mlp_dim=64)
     return Settings(
         task="parity",
         model=model,
         train_length=(3, 40),
-        steps=400,
-        batch_size=256,
-        lr=5e-3,
+        steps=300,
+        batch_size=128,
+        lr=1e-2,
+        betas=(0.9, 0.95),
         weight_decay=0.01,
         seed=seed,
         device="cpu",

@@ -1,6 +1,7 @@
 """statetrack: linear RNNs that track state: exact, fast, anywhere.
 
-The public names, loaded on first use, so that `import statetrack` and the command line start at once.
+The public names, loaded on first use, so that `import statetrack` and the command line start at once. Beside them:
+`statetrack.ops`, `statetrack.layers`, `statetrack.train.train` and `statetrack.evaluate.evaluate`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from statetrack.automata import Automaton as Automaton
     from statetrack.errors import UsageError as UsageError
-    from statetrack.evaluate import evaluate as evaluate
     from statetrack.layers import AttentionConfig as AttentionConfig
     from statetrack.layers import DeltaProductConfig as DeltaProductConfig
     from statetrack.layers import LSTMConfig as LSTMConfig
@@ -21,14 +21,12 @@ if TYPE_CHECKING:
     from statetrack.tasks import get_task as get_task
     from statetrack.train import Settings as Settings
     from statetrack.train import load_run as load_run
-    from statetrack.train import train as train
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Automaton": "automata",
     "UsageError": "errors",
-    "evaluate": "evaluate",
     "AttentionConfig": "layers",
     "DeltaProductConfig": "layers",
     "LSTMConfig": "layers",
@@ -38,7 +36,6 @@ _HOMES = {
     "get_task": "tasks",
     "Settings": "train",
     "load_run": "train",
-    "train": "train",
 }
 __all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 

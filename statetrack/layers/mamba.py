@@ -6,6 +6,10 @@
 (lo, hi) = (0, 1) is Mamba as published (Gu and Dao, arXiv 2312.00752); (-1, 1) is 2 exp(dt A) - 1 (Grazzi et al.,
 Table 2, 2411.12537).
 
+One initial scale differs from the published code: W_r, W_B and W_C start so that their outputs have about unit size.
+With torch's default they start five times smaller, dt hardly depends on the token, and parity often stays on its
+plateau (docs/LOG.md).
+
 Letters: B batch, T tokens, D inner channels, M states per channel, W window of the convolution.
 """
 
@@ -81,6 +85,7 @@ class Mamba(nn.Module):
         self.in_proj = nn.Linear(config.dim, 2 * inner, bias=False)
         self.conv = ShortConvolution(inner, config.conv_size, bias=True) if config.conv_size else None
         self.x_proj = nn.Linear(inner, self.rank + 2 * M, bias=False)
+        nn.init.normal_(self.x_proj.weight, std=3 * inner**-0.5)  # silu leaves a third: dt's input, B, C near unit size
         self.dt_proj = nn.Linear(self.rank, inner)
         nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
         with torch.no_grad():
