@@ -80,7 +80,7 @@ def evaluate(
     if every:
         curve = (intact / sequences).tolist()
         result["sequence_accuracy"] = curve[-1]
-        result["curve"] = [[t, a] for t, a in zip((shown - task.bos).tolist(), curve, strict=True) if t > 0]
+        result["curve"] = [[t, a] for t, a in zip((shown - int(task.bos)).tolist(), curve, strict=True) if t > 0]
     return result
 
 
