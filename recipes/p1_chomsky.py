@@ -29,10 +29,10 @@ TASKS = {
 PAPER: dict[str, list[tuple[float | None, float]]] = {
     "transformer": [(0.022, 0.003), (0.031, 0.018), (0.067, 0.064), (None, 0.025)],
     "lstm": [(1.000, 1.000), (0.787, 0.124), (0.178, 0.163), (None, 0.153)],
-    "mamba-[0,1]": [(0.000, 0.000), (0.095, 0.066), (0.123, 0.116), (None, 0.072)],
-    "mamba-[-1,1]": [(1.000, 1.000), (0.241, 0.214), (0.116, 0.098), (None, 0.126)],
-    "deltanet-[0,1]": [(0.017, 0.010), (0.314, 0.214), (0.194, 0.162), (None, 0.113)],
-    "deltanet-[-1,1]": [(1.000, 0.999), (0.971, 0.826), (0.260, 0.227), (None, 0.129)],
+    "mamba_0to1": [(0.000, 0.000), (0.095, 0.066), (0.123, 0.116), (None, 0.072)],
+    "mamba_-1to1": [(1.000, 1.000), (0.241, 0.214), (0.116, 0.098), (None, 0.126)],
+    "deltanet_0to1": [(0.017, 0.010), (0.314, 0.214), (0.194, 0.162), (None, 0.113)],
+    "deltanet_-1to1": [(1.000, 0.999), (0.971, 0.826), (0.260, 0.227), (None, 0.129)],
 }
 
 
@@ -41,10 +41,10 @@ def mixers(dim: int) -> dict[str, MixerConfig]:
     return {
         "transformer": AttentionConfig(dim=dim, heads=4),
         "lstm": LSTMConfig(dim=dim),
-        "mamba-[0,1]": MambaConfig(dim=dim, eigenvalues=(0.0, 1.0)),
-        "mamba-[-1,1]": MambaConfig(dim=dim, eigenvalues=(-1.0, 1.0)),
-        "deltanet-[0,1]": DeltaProductConfig(dim=dim, heads=4, eigenvalues=(0.0, 1.0)),
-        "deltanet-[-1,1]": DeltaProductConfig(dim=dim, heads=4, eigenvalues=(-1.0, 1.0)),
+        "mamba_0to1": MambaConfig(dim=dim, eigenvalues=(0.0, 1.0)),
+        "mamba_-1to1": MambaConfig(dim=dim, eigenvalues=(-1.0, 1.0)),
+        "deltanet_0to1": DeltaProductConfig(dim=dim, heads=4, eigenvalues=(0.0, 1.0)),
+        "deltanet_-1to1": DeltaProductConfig(dim=dim, heads=4, eigenvalues=(-1.0, 1.0)),
     }
 
 

@@ -21,22 +21,22 @@ TASKS = {"S5_swaps": 32, "S5_up_to_3": 32, "S5_4_tokens": 64, "S5": 32, "Z60": 3
 """task: training length"""
 
 SAYS = {
-    "S5_swaps-deltanet-[-1,1]-1l": "fully learns the task",
-    "S5_swaps-deltanet-[0,1]-5l": "generalises just slightly beyond the training length",
-    "S5_up_to_3-deltanet-[-1,1]-5l": "still good length generalisation",
-    "S5_4_tokens-deltanet-[-1,1]-5l": "extrapolates very well until around length 200; one of 3 seeds failed",
-    "Z60-mamba-[-1,1]-5l": "best of all, none extrapolates well",
+    "S5_swaps-deltanet_-1to1-1l": "fully learns the task",
+    "S5_swaps-deltanet_0to1-5l": "generalises just slightly beyond the training length",
+    "S5_up_to_3-deltanet_-1to1-5l": "still good length generalisation",
+    "S5_4_tokens-deltanet_-1to1-5l": "extrapolates very well until around length 200; one of 3 seeds failed",
+    "Z60-mamba_-1to1-5l": "best of all, none extrapolates well",
 }
 
 
 def mixers(dim: int) -> dict[str, tuple[MixerConfig, int]]:
     """Return the token mixer and the number of layers of every curve."""
     rows: dict[str, tuple[MixerConfig, int]] = {}
-    for name, eigenvalues in (("[0,1]", (0.0, 1.0)), ("[-1,1]", (-1.0, 1.0))):
+    for name, eigenvalues in (("0to1", (0.0, 1.0)), ("-1to1", (-1.0, 1.0))):
         delta = DeltaProductConfig(dim=dim, heads=4, conv_size=0, eigenvalues=eigenvalues)
-        rows[f"deltanet-{name}-1l"] = (delta, 1)
-        rows[f"deltanet-{name}-5l"] = (delta, 5)
-        rows[f"mamba-{name}-5l"] = (MambaConfig(dim=dim, eigenvalues=eigenvalues), 5)
+        rows[f"deltanet_{name}-1l"] = (delta, 1)
+        rows[f"deltanet_{name}-5l"] = (delta, 5)
+        rows[f"mamba_{name}-5l"] = (MambaConfig(dim=dim, eigenvalues=eigenvalues), 5)
     return rows
 
 

@@ -61,7 +61,7 @@ def cells(quick: bool) -> list[Cell]:
     """Return the figure's curves; quick: length 16, width 64, 4 heads of 16, 1,000 steps of batch 128."""
     return [
         Cell(
-            name=f"{group}-N{factors}-[{lo:g},1]",
+            name=f"{group}-N{factors}_{lo:g}to1",
             settings=partial(settings, group=group, factors=factors, eigenvalues=(lo, 1.0), quick=quick),
             length=64 if quick else 512,
             measure="sequence_accuracy",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -23,7 +27,9 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """What --mixer accepts: the mixer's configuration and the options that the name stands for."""
 
-Paths = tyro.conf.Positional[tuple[Path, ...]]
+T = TypeVar("T")
+Unset = Annotated[T, tyro.conf.arg(help_behavior_hint="")]  # the help text says the default itself
+RunPaths = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN ...", help_behavior_hint="")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,47 +39,54 @@ class TrainArguments:
     Train a model on a task; weights, metrics and curves go to a run directory. Ctrl-C stops without loss.
     """
 
-    task: tyro.conf.Positional[str]
+    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK")]
     """task, e.g. parity, modular_arithmetic, S5_swaps, group:D7, automaton:FILE (statetrack tasks lists them)"""
     mixer: Literal["deltanet", "gated-deltanet", "deltaproduct", "gated-deltaproduct", "mamba", "attention", "lstm"] = (
         "deltanet"
     )
     """token mixer of every layer"""
-    eigenvalues: tuple[float, float] | None = None
+    eigenvalues: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LO HI", help_behavior_hint="")] = None
     """range of the transition's data-dependent eigenvalues; default -1 1"""
     dim: int = 128
     """width of the hidden stream"""
     layers: int = 1
-    heads: int | None = None
+    """blocks, each with a mixer and a SwiGLU"""
+    heads: Unset[int | None] = None
     """heads; default 4"""
-    head_dim: int | None = None
+    head_dim: Unset[int | None] = None
     """width of a head; default dim / heads"""
-    factors: int | None = None
+    factors: Unset[int | None] = None
     """Householder factors per token; default 1 for the deltanets, 2 for the deltaproducts"""
-    conv: int | None = None
+    conv: Unset[int | None] = None
     """window of the short convolution, 0 for none; default 4"""
-    state_size: int | None = None
+    state_size: Unset[int | None] = None
     """Mamba's states per channel; default 16"""
-    mlp_dim: int | None = None
+    mlp_dim: Unset[int | None] = None
     """hidden width of the SwiGLU, 0 for none; default 8/3 of dim rounded up to 256"""
     train_length: tuple[int, int] = (3, 40)
     """shortest and longest training sequence"""
     steps: int = 2000
+    """optimiser steps"""
     batch_size: int = 256
+    """sequences per step"""
     lr: float = 1e-3
+    """largest learning rate; a tenth of the steps rises to it, the rest falls along a cosine"""
     weight_decay: float = 0.1
+    """on matrices only"""
     clip: float = 1.0
     """largest gradient norm, 0 for no clipping"""
     seed: int = 0
+    """of the initial weights and of the data"""
     device: str = "auto"
     """cpu, cuda, or auto: a GPU where there is one"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    out: Path | None = None
-    """run directory; default runs/TASK_MIXER_[LO,HI]_LAYERSl_sSEED"""
+    """bfloat16 is autocast; auto: bfloat16 on a GPU, float32 elsewhere"""
+    out: Unset[Path | None] = None
+    """run directory; default runs/TASK_MIXER_LOtoHI_LAYERSl_sSEED"""
     resume: bool = False
-    """go on with the run that is there"""
+    """go on with the run that is there, if there is one"""
     force: bool = False
-    """delete the run that is there"""
+    """replace the run that is there"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +96,18 @@ class EvaluateArguments:
     Measure accuracy at given lengths, streaming in constant memory; adds to evaluation.json in the run directory.
     """
 
-    runs: Paths
+    runs: RunPaths
     """run directories"""
-    lengths: tuple[str, ...] = ("40", "64", "128", "256", "40..256")
+    lengths: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LENGTH ...")] = ("40", "64", "128", "256", "40..256")
     """lengths; 40..256 draws each sequence's length from that range"""
-    sequences: int | None = None
+    sequences: Unset[int | None] = None
     """sequences per length; default 1024, fewer for lengths above 16384, 8192 for ranges"""
     batch_size: int = 256
+    """sequences at once"""
     seed: int = 1_000_003
+    """of the sequences"""
     device: str = "auto"
+    """cpu, cuda, or auto: a GPU where there is one"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +117,7 @@ class PlotArguments:
     Draw accuracy against length from runs that were evaluated; runs that differ only in their seed share a line.
     """
 
-    runs: Paths
+    runs: RunPaths
     """run directories"""
     out: Path = Path("runs/accuracy.png")
     """picture; a PNG and an SVG are written"""
@@ -116,15 +132,18 @@ class ReproduceArguments:
 
     table: tyro.conf.Positional[Literal["p1-chomsky", "p1-s5", "p2-groups"]]
     """p1: arXiv 2411.12537 (Table 3, Figure 4); p2: arXiv 2502.10297 (Figure 5)"""
-    cells: tuple[str, ...] = ()
+    cells: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = ()
     """names, or parts of names, of the cells to run; default all"""
     seeds: tuple[int, ...] = (0, 1, 2)
+    """one run per cell and seed"""
     quick: bool = False
     """a small setting of ours, minutes instead of hours; the table says so"""
     list: bool = False
     """print the cells and their cost, run nothing"""
     device: str = "auto"
+    """cpu, cuda, or auto: a GPU where there is one"""
     out: Path = Path("runs/reproduce")
+    """where the runs and tables go"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +154,7 @@ class DemoArguments:
     """
 
     seed: int = 0
+    """of the initial weights and of the data"""
     workers: int = 2
     """models trained at once, one core each"""
     out: Path = Path("runs/demo")
@@ -159,19 +179,17 @@ Arguments = (
 )
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, made to unwind like Ctrl-C, so that temporaries and child processes are cleaned up."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one verb; exit with 2 for a user's mistake, 130 or 143 after SIGINT or SIGTERM."""
     words = sys.argv[1:] if arguments is None else arguments
     if words in (["--version"], ["-V"]):
         print(f"statetrack {statetrack.__version__}")
         return
-    parsed = tyro.cli(
-        Arguments,  # pyright: ignore[reportArgumentType]
-        prog="statetrack",
-        description="Linear RNNs that track state.  Start with:  statetrack demo",
-        args=words or ["--help"],
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
-    )
+    parsed = parse(words)
     verbs = {
         TrainArguments: "train",
         EvaluateArguments: "evaluate",
@@ -180,12 +198,15 @@ def main(arguments: list[str] | None = None) -> None:
         DemoArguments: "demo",
         TasksArguments: "tasks",
     }
+    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         from statetrack import verbs as implementation
 
         getattr(implementation, verbs[type(parsed)])(parsed)
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         _fail(str(error), 2)
+    except _Terminated:
+        _fail("stopped", 143)
     except KeyboardInterrupt:
         _fail("stopped", 130)
     except Exception as error:
@@ -193,6 +214,42 @@ def main(arguments: list[str] | None = None) -> None:
         if signum is None:
             raise
         _fail(str(error), 128 + signum)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def parse(words: list[str]) -> Any:
+    """Return the arguments of one verb; exit with 2 and one line for words that cannot be understood."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(
+                Arguments,  # pyright: ignore[reportArgumentType]
+                prog="statetrack",
+                description="Linear RNNs that track state.  Start with:  statetrack demo",
+                args=words or ["--help"],
+                config=(
+                    tyro.conf.OmitArgPrefixes,
+                    tyro.conf.OmitSubcommandPrefixes,
+                    tyro.conf.FlagCreatePairsOff,
+                    tyro.conf.DisallowNone,
+                ),
+            )
+    except SystemExit as stop:
+        if stop.code:
+            _fail(_unboxed(printed.getvalue()), 2)
+        raise
+
+
+def _unboxed(text: str) -> str:
+    """Return the sentences of tyro's error box on one line."""
+    inside = [line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.startswith("│")]
+    blocks = re.split(r" *─+ *", " ".join(inside))
+    return "; ".join(re.sub(" +", " ", block).strip().rstrip(".") for block in blocks) or text.strip()
+
+
+def _terminate(_signum: int, _frame: Any) -> None:
+    raise _Terminated
 
 
 def _fail(message: str, code: int) -> None:

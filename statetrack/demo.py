@@ -6,12 +6,14 @@ and asked at lengths 40 to 256 (Grazzi et al., arXiv 2411.12537, Figure 1 and Ta
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import queue
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,50 +27,64 @@ from statetrack.plots import accuracy_by_length
 from statetrack.progress import Bars
 from statetrack.runs import write_json
 from statetrack.tasks import get_task
-from statetrack.train import Interrupted, train
+from statetrack.train import Interrupted, Settings, train
 
 LENGTHS = (3, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 224, 256)
 MIXERS = ("deltanet", "mamba")
 RANGES = {"[-1,1]": (-1.0, 1.0), "[0,1]": (0.0, 1.0)}
+FOLDERS = {"[-1,1]": "-1to1", "[0,1]": "0to1"}  # brackets mean something to a shell
+
+Job = tuple[str, str]  # mixer and range
 
 
-def demo(out: Path, seed: int, workers: int) -> dict[str, dict[str, Any]]:
+def demo(
+    out: Path,
+    seed: int,
+    workers: int,
+    recipe: Callable[[str, tuple[float, float], int], Settings] = demo_settings,
+    sequences: int = 4096,
+) -> dict[str, dict[str, Any]]:
     """Train and evaluate the four models; write parity.png and summary.json into `out`; return the summary.
 
-    `out` belongs to the demo: what an earlier demo left there is replaced.
+    `out` belongs to the demo: what an earlier demo left there is replaced. `recipe` gives a model's run from its mixer,
+    range and seed; `sequences` are asked for the table, an eighth of them for each point of the picture.
     """
+    if workers < 1 or sequences < 8:
+        raise UsageError(f"workers must be at least 1 and sequences at least 8, got {workers} and {sequences}")
     if out.exists() and any(out.iterdir()) and not (out / ".demo").exists():
         raise UsageError(f"{out} is not empty and not an earlier demo's; choose another --out")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / ".demo").touch()
     began = time.perf_counter()
-    jobs = [(mixer, name) for name in RANGES for mixer in MIXERS]
-    results = _run_all(jobs, out, seed, workers)
+    jobs = {(mixer, name): recipe(mixer, RANGES[name], seed) for name in RANGES for mixer in MIXERS}
+    results = _run_all(jobs, out, workers, sequences)
     summary = {m: {r: {"scaled_accuracy": results[m, r]["scaled_accuracy"]} for r in RANGES} for m in MIXERS}
     write_json(out / "summary.json", summary)
     titles = {"deltanet": "DeltaNet", "mamba": "Mamba"}
     curves = {f"{titles[m]} {r}": [results[m, r]["curve"]] for m in MIXERS for r in RANGES}
-    train_length = demo_settings("mamba", (0.0, 1.0), seed).train_length
+    train_length = next(iter(jobs.values())).train_length
     accuracy_by_length(curves, out / "parity", title="Parity, by range of eigenvalues", trained=train_length)
-    _print(results, Console(), time.perf_counter() - began, out)
+    _print(results, Console(markup=False), time.perf_counter() - began, out)
     return summary
 
 
-def _run_all(jobs: list[tuple[str, str]], out: Path, seed: int, workers: int) -> dict[tuple[str, str], dict[str, Any]]:
+def _run_all(jobs: dict[Job, Settings], out: Path, workers: int, sequences: int) -> dict[Job, dict[str, Any]]:
     """Run every job in its own process, `workers` at a time; stop them all if one fails or the user interrupts."""
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
     waiting, running, results = list(jobs), {}, {}
     try:
         with Bars() as bars:
-            for mixer, name in jobs:
-                bars.update(f"{mixer} {name}", 0, demo_settings(mixer, RANGES[name], seed).steps, "waiting")
+            for job, settings in jobs.items():
+                bars.update(" ".join(job), 0, settings.steps, "waiting")
             while waiting or running:
                 while waiting and len(running) < workers:
                     job = waiting.pop(0)
-                    running[job] = context.Process(target=_work, args=(job, out, seed, messages), daemon=True)
-                    running[job].start()
+                    arguments = (job, jobs[job], out, sequences, messages)
+                    running[job] = context.Process(target=_work, args=arguments, daemon=True)
+                    with _interrupts_held():
+                        running[job].start()
                 try:
                     kind, job, data = messages.get(timeout=0.5)
                 except queue.Empty:
@@ -89,40 +105,51 @@ def _run_all(jobs: list[tuple[str, str]], out: Path, seed: int, workers: int) ->
     return results
 
 
-def _check_alive(running: dict[tuple[str, str], Any]) -> None:
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back while a process starts: it inherits this, so that the terminal's Ctrl-C reaches us alone."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _check_alive(running: dict[Job, Any]) -> None:
     for job, process in running.items():
         if not process.is_alive() and process.exitcode:
             raise UsageError(f"{' '.join(job)}: its process ended with exit code {process.exitcode}")
 
 
-def _work(job: tuple[str, str], out: Path, seed: int, messages: Any) -> None:
+def _work(job: Job, settings: Settings, out: Path, sequences: int, messages: Any) -> None:
     """Train and evaluate one model; runs in a process of its own, on one thread."""
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
     mixer, name = job
-    settings = demo_settings(mixer, RANGES[name], seed)
+    parent = multiprocessing.parent_process()
 
     def report(row: dict[str, Any]) -> None:
+        if parent is not None and not parent.is_alive():  # killed: nobody is left to stop us
+            sys.exit(1)
         if row["step"] % 5 == 0 or row["step"] == settings.steps:
             note = f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.2f}"
             messages.put(("progress", job, (row["step"], settings.steps, note)))
 
     try:
-        model = train(settings, out / f"{mixer}_{name}", report=report).eval()
+        model = train(settings, out / f"{mixer}_{FOLDERS[name]}", report=report).eval()
         task = get_task(settings.task)
-        result = evaluate(model, task, EVALUATED, sequences=4096, batch_size=512)
-        points = [evaluate(model, task, n, sequences=512, batch_size=512) for n in LENGTHS]
+        result = evaluate(model, task, EVALUATED, sequences=sequences, batch_size=512)
+        points = [evaluate(model, task, n, sequences=sequences // 8, batch_size=512) for n in LENGTHS]
         result["curve"] = [(p["length"], p["scaled_accuracy"]) for p in points]
         messages.put(("done", job, result))
-    except Interrupted:
-        sys.exit(0)
-    except UsageError as error:
+    except Interrupted as stop:
+        sys.exit(128 + stop.signum)
+    except (UsageError, OSError) as error:
         messages.put(("failed", job, str(error)))
 
 
-def _print(results: dict[tuple[str, str], dict[str, Any]], console: Console, seconds: float, out: Path) -> None:
+def _print(results: dict[Job, dict[str, Any]], console: Console, seconds: float, out: Path) -> None:
     table = Table(title="Parity: scaled accuracy on lengths 40 to 256 (0 is guessing, 1 is perfect)")
     table.add_column("mixer")
     for name in RANGES:

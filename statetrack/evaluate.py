@@ -14,7 +14,7 @@ import torch
 
 from statetrack.errors import UsageError
 from statetrack.layers import AttentionConfig
-from statetrack.model import Model
+from statetrack.model import Config, Model
 from statetrack.tasks import IGNORE, Task, scaled_accuracy
 
 TOKENS_AT_ONCE = 1 << 15  # batch times chunk
@@ -42,10 +42,8 @@ def evaluate(
     for name, value in (("sequences", sequences), ("batch_size", batch_size)):
         if value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}")
-    task.length_range(length)
+    check_length(model.config, task, length)
     tokens = task.tokens(length)
-    if tokens > LONGEST_ATTENTION and any(isinstance(m, AttentionConfig) for m in model.config.mixers):
-        raise UsageError(f"attention keeps every token: lengths up to {LONGEST_ATTENTION} are accepted, got {tokens}")
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     every = task.supervision == "every"
@@ -82,6 +80,14 @@ def evaluate(
         result["sequence_accuracy"] = curve[-1]
         result["curve"] = [[t, a] for t, a in zip((shown - int(task.bos)).tolist(), curve, strict=True) if t > 0]
     return result
+
+
+def check_length(config: Config, task: Task, length: Length) -> None:
+    """Refuse lengths that the task does not have or the model cannot take."""
+    task.length_range(length)
+    tokens = task.tokens(length)
+    if tokens > LONGEST_ATTENTION and any(isinstance(m, AttentionConfig) for m in config.mixers):
+        raise UsageError(f"attention keeps every token: lengths up to {LONGEST_ATTENTION} are accepted, got {tokens}")
 
 
 def _shown(tokens: int) -> torch.Tensor:

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from statetrack.errors import UsageError
 from statetrack.evaluate import evaluate
 from statetrack.progress import Bars
-from statetrack.runs import CONFIG, read_json, write_atomically, write_json
+from statetrack.runs import RESULT, read_json, write_atomically, write_json
 from statetrack.tasks import get_task
-from statetrack.train import Settings, load_run, train
+from statetrack.train import Settings, load_run, load_settings, train
 
 TABLES = {"p1-chomsky": "recipes.p1_chomsky", "p1-s5": "recipes.p1_s5", "p2-groups": "recipes.p2_groups"}
 
@@ -59,9 +59,13 @@ def reproduce(
     """
     every: list[Cell] = import_module(TABLES[table]).cells(quick)
     chosen = [cell for cell in every if not cells or any(part in cell.name for part in cells)]
-    if not chosen or not seeds:
-        raise UsageError(f"no cell matches {' '.join(cells)!r}; cells: {', '.join(cell.name for cell in every)}")
-    console = Console()
+    if not chosen:
+        raise UsageError(
+            f"no cell's name contains {' or '.join(cells)}; statetrack reproduce {table} --list names them"
+        )
+    if not seeds:
+        raise UsageError("name at least one seed")
+    console = Console(markup=False)
     if list_only:
         console.print(_list(chosen, seeds))
         return
@@ -79,8 +83,8 @@ def _run(cell: Cell, seed: int, path: Path, device: str, bars: Bars) -> None:
     """Train and evaluate one cell with one seed, unless that is done already."""
     settings = replace(cell.settings(seed), device=device)
     name = f"{cell.name} seed {seed}"
-    if (path / "result.json").exists():
-        stored = Settings.from_dict(read_json(path / CONFIG)["settings"])
+    if (path / RESULT).exists():
+        stored = load_settings(path)
         if replace(stored, device=device) != settings:
             raise UsageError(f"{path} was made with other settings; choose another --out")
         bars.update(name, settings.steps, settings.steps, "done before")
@@ -94,12 +98,12 @@ def _run(cell: Cell, seed: int, path: Path, device: str, bars: Bars) -> None:
     _, model = load_run(path, device)
     batch = max(1, min(256, cell.sequences))
     result = evaluate(model, get_task(settings.task), cell.length, sequences=cell.sequences, batch_size=batch)
-    write_json(path / "result.json", {"cell": cell.name, "seed": seed, **result})
+    write_json(path / RESULT, {"cell": cell.name, "seed": seed, **result})
     bars.update(name, settings.steps, settings.steps, f"{cell.measure} {result[cell.measure]:.3f}")
 
 
 def _results(cell: Cell, folder: Path) -> list[dict[str, Any]]:
-    return [read_json(path) for path in sorted((folder / cell.name).glob("seed*/result.json"))]
+    return [read_json(path) for path in sorted((folder / cell.name).glob(f"seed*/{RESULT}"))]
 
 
 def _write_results(every: Sequence[Cell], folder: Path, quick: bool) -> None:
@@ -151,7 +155,7 @@ def _title(quick: bool) -> str:
 
 
 def _table(every: Sequence[Cell], folder: Path, quick: bool) -> Table:
-    table = Table(*HEADER, title=_title(quick))
+    table = Table(Column(HEADER[0], overflow="fold"), *HEADER[1:], title=_title(quick))
     for row in _rows(every, folder):
         table.add_row(*row)
     return table

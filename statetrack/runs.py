@@ -1,11 +1,12 @@
 """The run directory: everything a run leaves behind, written so that nothing is ever half there.
 
 config.json         the resolved settings, with version and commit
-metrics.jsonl       one line per logged step, append-only
+metrics.jsonl       one line per logged step, append-only (a resumed run first drops lines after its checkpoint)
 checkpoint.pt       what resuming needs: weights, optimiser, random states, step
 model.safetensors   the weights at the end
 evaluation.json     accuracies by length (statetrack evaluate)
-*.png, *.svg        curves
+result.json         the number a paper's table shows (statetrack reproduce)
+training.png, .svg  loss and accuracy by step
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,12 +26,14 @@ from safetensors.torch import load_file, save_file
 from statetrack.errors import UsageError
 
 CONFIG, METRICS, CHECKPOINT, WEIGHTS = "config.json", "metrics.jsonl", "checkpoint.pt", "model.safetensors"
-LOCK = ".lock"
+EVALUATION, RESULT, LOCK = "evaluation.json", "result.json", ".lock"
+OURS = (CONFIG, METRICS, CHECKPOINT, WEIGHTS, EVALUATION, RESULT, "training.png", "training.svg")
+"""What --force deletes; other files are left alone."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Call `write` on a temporary beside `path`, flush it and rename it: readers see the old file or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -54,7 +56,12 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; is {path.parent} a run directory?") from None
     except (ValueError, OSError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
+        raise UsageError(f"{path} cannot be read: {first_line(error)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def commit() -> str | None:
@@ -62,7 +69,10 @@ def commit() -> str | None:
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return None
-    found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:  # no git here
+        return None
     return found.stdout.strip() or None
 
 
@@ -77,45 +87,67 @@ class Run:
         """Hold the directory for this process and make it ready; yield whether there is a run to resume.
 
         Raises UsageError where a run exists and neither resume nor force was given, the resumed one has other settings,
-        or another process holds it. The hold ends with the process, however it ends.
+        the directory holds something else, or another process holds it. The hold ends with the process.
         """
-        exists = self._check(config, resume, force)
+        self._check(config, resume, force)
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / LOCK, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UsageError(f"{self.path} is in use by another process; wait for it or choose another") from None
-            if force and not (exists and resume):
-                for entry in self.path.iterdir():
-                    if entry.is_dir() and not entry.is_symlink():
-                        shutil.rmtree(entry)
-                    elif entry.name != LOCK:
-                        entry.unlink()
+            exists = self._check(config, resume, force)  # again: another process may have finished meanwhile
+            for entry in self._temporaries():  # of a process that was killed
+                entry.unlink()
+            if exists and force:
+                for name in OURS:
+                    (self.path / name).unlink(missing_ok=True)
             write_json(self.path / CONFIG, config)
             yield exists and resume and (self.path / CHECKPOINT).exists()
 
+    def _temporaries(self) -> list[Path]:
+        return [entry for entry in self.path.glob(".*.tmp") if entry.name.startswith(tuple(f".{o}." for o in OURS))]
+
     def _check(self, config: dict[str, Any], resume: bool, force: bool) -> bool:
         """Return whether a run exists here; refuse what would overwrite or mix runs."""
-        if self.path.exists() and not self.path.is_dir():
+        if resume and force:
+            raise UsageError("--resume and --force exclude each other: one goes on with a run, the other replaces it")
+        if not self.path.exists():
+            return False
+        if not self.path.is_dir():
             raise UsageError(f"{self.path} is a file; choose another directory")
-        exists = (self.path / CONFIG).exists()
-        filled = self.path.exists() and any(entry.name != LOCK for entry in self.path.iterdir())
-        if filled and not exists and not force:
-            raise UsageError(f"{self.path} is not empty and not a run; choose another, or --force to empty it")
-        if exists and not (resume or force):
-            raise UsageError(f"{self.path} holds a run; --resume to go on, --force to delete it and start again")
-        if exists and resume:
+        ignored = {self.path / LOCK, *self._temporaries()}
+        if not any(entry not in ignored for entry in self.path.iterdir()):
+            return False
+        if not self._is_run(force):
+            raise UsageError(f"{self.path} is not empty and not a run; choose another directory")
+        if resume:
             self._check_same(config)
-        return exists
+        elif not force:
+            raise UsageError(f"{self.path} holds a run; --resume to go on, --force to replace it")
+        return True
+
+    def _is_run(self, force: bool) -> bool:
+        """Return whether a run's config.json is here; a broken one beside a checkpoint can only be replaced."""
+        path = self.path / CONFIG
+        if not path.exists():
+            return False
+        try:
+            stored = read_json(path)
+        except UsageError:
+            if force and (self.path / CHECKPOINT).exists():
+                return True
+            raise
+        return isinstance(stored, dict) and "settings" in stored
 
     def _check_same(self, config: dict[str, Any]) -> None:
-        stored = read_json(self.path / CONFIG)
-        old, new = stored.get("settings", {}), json.loads(json.dumps(config["settings"]))
+        old, new = read_json(self.path / CONFIG)["settings"], json.loads(json.dumps(config["settings"]))
+        if not isinstance(old, dict):
+            raise UsageError(f"{self.path / CONFIG} is not a run's configuration; --force replaces the run")
         free = {"steps", "device", "log_every", "checkpoint_every"}  # a run may be made longer, and watched differently
         differing = [k for k in sorted(old.keys() | new.keys()) if k not in free and old.get(k) != new.get(k)]
         if differing:
-            shown = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in differing)
+            shown = "; ".join(_difference(k, old.get(k), new.get(k)) for k in differing)
             raise UsageError(f"{self.path} was started with other settings ({shown}); choose another --out or --force")
 
     def save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -126,10 +158,12 @@ class Run:
         """Read the checkpoint; a corrupt one is one clear error."""
         path = self.path / CHECKPOINT
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises whatever pickle, zip or the file system raise
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"{path} is corrupt ({reason}); start again with --force") from None
+            raise UsageError(f"{path} is corrupt ({first_line(error)}); start again with --force") from None
+        if not isinstance(checkpoint, dict) or "model" not in checkpoint or "step" not in checkpoint:
+            raise UsageError(f"{path} is not a checkpoint; start again with --force")
+        return checkpoint
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Append one line."""
@@ -137,9 +171,14 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Read every logged line."""
+        """Read every logged line; a last one that a killed process did not finish does not count."""
         path = self.path / METRICS
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        if not path.exists():
+            return []
+        try:
+            return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        except (ValueError, OSError) as error:
+            raise UsageError(f"{path} cannot be read: {first_line(error)}") from None
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines after `step`: those an interrupted run logged after its last checkpoint."""
@@ -162,4 +201,15 @@ class Run:
         try:
             return load_file(path)
         except Exception as error:  # safetensors raises its own type
-            raise UsageError(f"{path} is corrupt ({error}); resume the run to write it again") from None
+            raise UsageError(f"{path} is corrupt ({first_line(error)}); delete it and --resume the run") from None
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    """Say how a setting differs, down to the field of a nested one."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        inner = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        return "; ".join(_difference(f"{name}.{k}", old.get(k), new.get(k)) for k in inner)
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and isinstance(old[0], dict):
+        pairs = [(i, o, n) for i, (o, n) in enumerate(zip(old, new, strict=True)) if o != n]
+        return "; ".join(_difference(f"{name}[{i}]", o, n) for i, o, n in pairs)
+    return f"{name}: {old!r} there, {new!r} now"

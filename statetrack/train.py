@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import statetrack
 from statetrack.errors import UsageError
 from statetrack.model import Config, Model
-from statetrack.runs import WEIGHTS, Run, commit, read_json
+from statetrack.runs import CONFIG, EVALUATION, WEIGHTS, Run, commit, first_line, read_json
 from statetrack.tasks import IGNORE, Task, get_task
 
 Report = Callable[[dict[str, Any]], None]
@@ -61,8 +61,11 @@ class Settings:
             raise UsageError(f"learning rates must satisfy 0 <= min_lr <= lr, 0 < lr; got {self.min_lr} and {self.lr}")
         if not 0 <= self.warmup <= 1:
             raise UsageError(f"warmup must be a share of the steps between 0 and 1, got {self.warmup}")
-        if self.weight_decay < 0 or self.clip < 0:
-            raise UsageError(f"weight_decay and clip must not be negative, got {self.weight_decay} and {self.clip}")
+        if not (0 <= self.weight_decay < math.inf and self.clip >= 0):
+            given = f"got {self.weight_decay} and {self.clip}"
+            raise UsageError(f"weight_decay and clip must be at least 0, weight_decay finite; {given}")
+        if not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"seed must be at least 0 and below 2**63, got {self.seed}")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise UsageError(f"precision must be auto, float32 or bfloat16, got {self.precision!r}")
 
@@ -73,18 +76,18 @@ class Settings:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Settings:
         """Build settings from `to_dict`'s result."""
-        pairs = {name: tuple(data[name]) for name in ("train_length", "betas")}
         try:
+            pairs = {name: tuple(data[name]) for name in ("train_length", "betas")}
             return cls(**{**data, **pairs, "model": Config.from_dict(data["model"])})
-        except TypeError as error:
-            raise UsageError(f"not the settings of a run: {error}") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"not the settings of a run: {type(error).__name__} {error}") from None
 
 
 class Interrupted(Exception):
-    """Training was stopped by a signal after saving; `resume` goes on from there."""
+    """Training was stopped by a signal after saving; `resume` goes on from there. `signum` is the signal."""
 
     def __init__(self, signum: int, step: int, path: Path):
-        super().__init__(f"stopped at step {step}; nothing is lost, --resume goes on from there ({path})")
+        super().__init__(f"stopped at step {step}, saved in {path}; the same command goes on (train: add --resume)")
         self.signum = signum
 
 
@@ -113,10 +116,12 @@ def choose_device(name: str) -> torch.device:
     """Return the named device; auto is a GPU where there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"device must be auto, cpu, cuda, cuda:NUMBER or mps, got {name!r}")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"device {name!r} cannot be used: {first_line(error)}") from None
 
 
 def optimizer_for(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
@@ -173,14 +178,18 @@ class Trainer:
             raise UsageError(f"loss is {value} at step {self.step + 1}")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.clip or math.inf).item()
+        if not math.isfinite(norm):
+            raise UsageError(f"the gradient's norm is {norm} at step {self.step + 1}")
         self.optimizer.step()
         self.step += 1
         accuracy = (answers.detach().argmax(-1) == targets[asked]).float().mean().item()
-        return {"loss": value, "accuracy": accuracy, "grad_norm": norm.item(), "lr": lr}
+        return {"loss": value, "accuracy": accuracy, "grad_norm": norm, "lr": lr}
 
     def state(self) -> dict[str, Any]:
-        """Return all that resuming needs."""
+        """Return all that resuming needs; refuse weights that are not finite."""
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise UsageError(f"weights are not finite at step {self.step}")
         return {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -198,7 +207,7 @@ class Trainer:
             torch.set_rng_state(state["torch"])
             self.step = state["step"]
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise UsageError(f"the checkpoint does not fit the model: {str(error).splitlines()[0]}") from None
+            raise UsageError(f"the checkpoint does not fit the model: {first_line(error)}") from None
 
 
 def train(
@@ -215,43 +224,60 @@ def train(
     with run.opened(config, resume, force) as resumed, _Signals() as signals:
         if resumed:
             trainer.load_state(run.load_checkpoint())
-            run.cut_metrics(trainer.step)
-            if trainer.step < settings.steps:
-                (path / WEIGHTS).unlink(missing_ok=True)
+            if trainer.step > settings.steps:
+                raise UsageError(f"{path} is at step {trainer.step} already, beyond steps={settings.steps}")
         else:
             run.save_checkpoint(trainer.state())
-        saved = trainer.step
-        while trainer.step < settings.steps:
-            began = time.perf_counter()
-            try:
-                row = trainer.train_step()
-            except UsageError as error:
-                raise UsageError(
-                    f"{error}; the last good checkpoint is of step {saved} in {path}; lower --lr?"
-                ) from None
-            row = {"step": trainer.step, **row, "seconds": time.perf_counter() - began}
-            if trainer.step % settings.log_every == 0 or trainer.step == settings.steps:
-                run.append_metrics(row)
-            if report is not None:
-                report(row)
-            if trainer.step % settings.checkpoint_every == 0 or trainer.step == settings.steps or signals.received:
-                run.save_checkpoint(trainer.state())
-                saved = trainer.step
-            if signals.received and trainer.step < settings.steps:
-                raise Interrupted(signals.received, trainer.step, path)
+        run.cut_metrics(trainer.step)
+        if trainer.step < settings.steps:
+            for stale in (WEIGHTS, EVALUATION):
+                (path / stale).unlink(missing_ok=True)
+        _steps(trainer, run, signals, report)
         run.save_weights(trainer.model.state_dict())
+        if signals.received:
+            raise Interrupted(signals.received, trainer.step, path)
     return trainer.model
 
 
+def _steps(trainer: Trainer, run: Run, signals: _Signals, report: Report | None) -> None:
+    """Take the steps that are left, with log lines and checkpoints on the way and after a signal."""
+    s, saved = trainer.settings, trainer.step
+    while trainer.step < s.steps:
+        began = time.perf_counter()
+        try:
+            row = trainer.train_step()
+            last = trainer.step == s.steps
+            keep = trainer.step % s.checkpoint_every == 0 or last or signals.received
+            checkpoint = trainer.state() if keep else None
+        except UsageError as error:
+            where = f"the last good checkpoint is of step {saved} in {run.path}"
+            raise UsageError(f"{error}; {where}; lower the learning rate?") from None
+        row = {"step": trainer.step, **row, "seconds": time.perf_counter() - began}
+        if trainer.step % s.log_every == 0 or last:
+            run.append_metrics(row)
+        if report is not None:
+            report(row)
+        if checkpoint is not None:
+            run.save_checkpoint(checkpoint)
+            saved = trainer.step
+        if checkpoint is not None and signals.received and not last:
+            raise Interrupted(signals.received, trainer.step, run.path)
+
+
+def load_settings(path: Path) -> Settings:
+    """Return the settings of a run directory."""
+    stored = read_json(path / CONFIG)
+    if not isinstance(stored, dict) or not isinstance(stored.get("settings"), dict):
+        raise UsageError(f"{path / CONFIG} is not a run's configuration")
+    return Settings.from_dict(stored["settings"])
+
+
 def load_run(path: Path, device: str = "auto") -> tuple[Settings, Model]:
-    """Return the settings and the trained model of a run directory."""
-    stored = read_json(path / "config.json")
-    if not isinstance(stored, dict) or "settings" not in stored:
-        raise UsageError(f"{path / 'config.json'} is not a run's configuration")
-    settings = Settings.from_dict(stored["settings"])
+    """Return the settings and the trained model of a run directory; of an unfinished run, its last checkpoint's."""
+    settings = load_settings(path)
     model = settings.model.build()
     try:
         model.load_state_dict(Run(path).load_weights())
-    except RuntimeError as error:
-        raise UsageError(f"{path}: the weights do not fit the model: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"{path}: the weights do not fit the model: {first_line(error)}") from None
     return settings, model.to(choose_device(device)).eval()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from statetrack.cli import (
     MIXERS,
@@ -20,10 +23,14 @@ from statetrack.cli import (
 )
 from statetrack.errors import UsageError
 from statetrack.layers import MIXERS as CONFIGS
+from statetrack.layers import DeltaProductConfig
 from statetrack.model import Config
 from statetrack.progress import Bars
 from statetrack.tasks import TASKS, Task, get_task
-from statetrack.train import Settings, load_run
+from statetrack.train import Settings, load_run, load_settings
+
+if TYPE_CHECKING:
+    from statetrack.evaluate import Length
 
 
 def train(a: TrainArguments) -> None:
@@ -56,9 +63,7 @@ def train(a: TrainArguments) -> None:
 
         run_training(settings, path, resume=a.resume, force=a.force, report=report)
     training_curve(Run(path).metrics(), path / "training", title=path.name)
-    Console().print(
-        f"trained {settings.steps} steps; next: statetrack evaluate {path}", highlight=False, soft_wrap=True
-    )
+    _say(f"trained {settings.steps} steps; next: statetrack evaluate {shlex.quote(str(path))}")
 
 
 def model_config(a: TrainArguments, task: Task) -> Config:
@@ -89,50 +94,58 @@ def model_config(a: TrainArguments, task: Task) -> Config:
 def run_name(a: TrainArguments) -> str:
     """Return the default name of a run's directory: what people vary most."""
     lo, hi = a.eigenvalues or (-1.0, 1.0)
-    ranged = "" if a.mixer in ("attention", "lstm") else f"_[{lo:g},{hi:g}]"
+    ranged = "" if a.mixer in ("attention", "lstm") else f"_{lo:g}to{hi:g}"
     task = "".join(c if c.isalnum() else "-" for c in Path(a.task).stem)
     return f"{task}_{a.mixer}{ranged}_{a.layers}l_s{a.seed}"
 
 
 def evaluate(a: EvaluateArguments) -> None:
     """Evaluate runs, print a table and keep the numbers in each run's evaluation.json."""
-    from statetrack.evaluate import evaluate as measure
-    from statetrack.evaluate import parse_lengths
-    from statetrack.runs import read_json, write_json
+    from statetrack.evaluate import check_length, parse_lengths
 
     lengths = parse_lengths(a.lengths)
     if not a.runs or not lengths:
         raise UsageError("name at least one run directory and one length")
-    table = Table("run", "length", "sequences", "accuracy", "scaled", "whole sequence right")
+    for path in a.runs:
+        settings = load_settings(path)
+        for length in lengths:
+            check_length(settings.model, get_task(settings.task), length)
+    table = Table(Column("run", overflow="fold"), "length", "sequences", "accuracy", "scaled", "whole sequence right")
     with Bars() as bars:
         for path in a.runs:
-            settings, model = load_run(path, a.device)
-            task = get_task(settings.task)
-            stored = path / "evaluation.json"
-            kept = {_key(row): row for row in (read_json(stored) if stored.exists() else [])}
-            for length in lengths:
-                name = f"{path.name} at {'..'.join(map(str, length)) if isinstance(length, tuple) else length}"
-                count = a.sequences or _sequences(length)
-                row = measure(
-                    model,
-                    task,
-                    length,
-                    sequences=count,
-                    batch_size=a.batch_size,
-                    seed=a.seed,
-                    report=lambda share, name=name: bars.update(name, 100 * share, 100, "%"),
-                )
-                kept[_key(row)] = row
-                write_json(stored, list(kept.values()))
-                table.add_row(
-                    str(path),
-                    _shown_length(row["length"]),
-                    str(count),
-                    f"{row['accuracy']:.4f}",
-                    f"{row['scaled_accuracy']:.4f}",
-                    f"{row['sequence_accuracy']:.4f}" if "sequence_accuracy" in row else "",
-                )
-    Console().print(table)
+            for row in _evaluate_run(path, lengths, a, bars):
+                shown = [f"{row[key]:.4f}" if key in row else "" for key in MEASURES]
+                table.add_row(path.name, _shown_length(row["length"]), str(row["sequences"]), *shown)
+    Console(markup=False).print(table)
+
+
+MEASURES = ("accuracy", "scaled_accuracy", "sequence_accuracy")
+
+
+def _evaluate_run(path: Path, lengths: list[Length], a: EvaluateArguments, bars: Bars) -> Iterator[dict[str, Any]]:
+    """Yield the numbers at every length; each is kept in evaluation.json as soon as it is there."""
+    from statetrack.evaluate import evaluate as measure
+    from statetrack.runs import EVALUATION, WEIGHTS, read_json, write_json
+
+    settings, model = load_run(path, a.device)
+    if not (path / WEIGHTS).exists():
+        bars.console.print(f"{path} is not trained to its end: this is its last checkpoint", soft_wrap=True)
+    stored = path / EVALUATION
+    kept = {_shown_length(row["length"]): row for row in (read_json(stored) if stored.exists() else [])}
+    for length in lengths:
+        name = f"{path.name} at {_shown_length(length)}"
+        row = measure(
+            model,
+            get_task(settings.task),
+            length,
+            sequences=_sequences(length) if a.sequences is None else a.sequences,
+            batch_size=a.batch_size,
+            seed=a.seed,
+            report=lambda share, name=name: bars.update(name, 100 * share, 100, "%"),
+        )
+        kept[_shown_length(length)] = row
+        write_json(stored, list(kept.values()))
+        yield row
 
 
 def _sequences(length: int | tuple[int, int]) -> int:
@@ -141,60 +154,79 @@ def _sequences(length: int | tuple[int, int]) -> int:
     return max(8, min(1024, (1 << 24) // max(1, length)))
 
 
-def _key(row: dict[str, Any]) -> str:
-    return _shown_length(row["length"])
-
-
-def _shown_length(length: int | list[int]) -> str:
+def _shown_length(length: int | Sequence[int]) -> str:
     return str(length) if isinstance(length, int) else f"{length[0]}..{length[1]}"
+
+
+def _say(line: str) -> None:
+    Console(markup=False).print(line, highlight=False, soft_wrap=True)
 
 
 def plot(a: PlotArguments) -> None:
     """Draw accuracy against length, one line per configuration."""
     from statetrack.plots import accuracy_by_length
-    from statetrack.runs import read_json
+    from statetrack.runs import EVALUATION, read_json
 
-    curves: dict[str, list[list[tuple[float, float]]]] = {}
-    trained, tasks, measures = set(), set(), set()
+    if not a.runs:
+        raise UsageError("name at least one run directory")
+    grouped: dict[Settings, list[list[tuple[float, float]]]] = {}
+    measures = set()
     for path in a.runs:
-        settings = Settings.from_dict(read_json(path / "config.json")["settings"])
-        if not (path / "evaluation.json").exists():
+        settings = load_settings(path)
+        if not (path / EVALUATION).exists():
             raise UsageError(f"{path} has not been evaluated; first: statetrack evaluate {path}")
-        rows = read_json(path / "evaluation.json")
-        whole = [row for row in rows if "curve" in row and isinstance(row["length"], int)]
-        if whole:
-            curve = [(t, accuracy) for t, accuracy in max(whole, key=lambda row: row["length"])["curve"]]
-        else:
-            curve = sorted((row["length"], row["scaled_accuracy"]) for row in rows if isinstance(row["length"], int))
+        measure, curve = _curve(read_json(path / EVALUATION))
         if not curve:
             raise UsageError(
                 f"{path} was evaluated on ranges of lengths only; give single lengths, e.g. --lengths 40 256"
             )
-        measures.add("sequence accuracy" if whole else "scaled accuracy")
-        curves.setdefault(_label(settings), []).append(curve)
-        trained.add(settings.train_length)
-        tasks.add(settings.task)
-    if not curves:
-        raise UsageError("name at least one run directory")
+        measures.add(measure)
+        watched = {"seed": 0, "device": "auto", "log_every": 20, "checkpoint_every": 500}
+        grouped.setdefault(replace(settings, **watched), []).append(curve)
     if len(measures) > 1:
         raise UsageError("these runs mix tasks with one answer per sequence and with one per token; plot them apart")
-    same = trained.pop() if len(trained) == 1 else None
-    written = accuracy_by_length(curves, a.out, title=", ".join(sorted(tasks)), measure=measures.pop(), trained=same)
-    Console().print(f"wrote {' and '.join(map(str, written))}", highlight=False, soft_wrap=True)
+    tasks = sorted({settings.task for settings in grouped})
+    trained = {settings.train_length for settings in grouped}
+    written = accuracy_by_length(
+        dict(zip(_labels(list(grouped)), grouped.values(), strict=True)),
+        a.out,
+        title=", ".join(tasks),
+        measure=measures.pop(),
+        trained=trained.pop() if len(trained) == 1 else None,
+    )
+    _say(f"wrote {' and '.join(map(str, written))}")
 
 
-def _label(settings: Settings) -> str:
-    """Name a configuration, its seed aside."""
+def _curve(rows: list[dict[str, Any]]) -> tuple[str, list[tuple[float, float]]]:
+    """Return what an evaluation measured, and its value against the length."""
+    single = [row for row in rows if isinstance(row["length"], int)]
+    whole = [row for row in single if "curve" in row]
+    if whole:
+        longest = max(whole, key=lambda row: row["length"])
+        return "sequence accuracy", [(t, accuracy) for t, accuracy in longest["curve"]]
+    return "scaled accuracy", sorted((row["length"], row["scaled_accuracy"]) for row in single)
+
+
+def _labels(configurations: list[Settings]) -> list[str]:
+    """Name every configuration by its mixers and width, and by what else tells it from the others."""
+    several = [f.name for f in fields(Settings) if f.name != "model"]
+    several = [name for name in several if len({getattr(s, name) for s in configurations}) > 1]
+    labels = [
+        ", ".join([_mixers(s.model), *(f"{name} {getattr(s, name)}" for name in several)]) for s in configurations
+    ]
+    return [label if labels.count(label) == 1 else f"{label} ({i + 1})" for i, label in enumerate(labels)]
+
+
+def _mixers(model: Config) -> str:
     parts = []
-    for mixer in dict.fromkeys(settings.model.mixers):
-        count = settings.model.mixers.count(mixer)
-        name = type(mixer).__name__.removesuffix("Config")
-        factors = getattr(mixer, "factors", None)
+    for mixer in dict.fromkeys(model.mixers):
         lo, hi = getattr(mixer, "eigenvalues", (math.nan, math.nan))
-        parts.append(
-            name + (f" N={factors}" if factors else "") + ("" if math.isnan(lo) else f" [{lo:g},{hi:g}]") + f" x{count}"
-        )
-    return f"{' + '.join(parts)} dim {settings.model.dim}"
+        words = ["gated"] if getattr(mixer, "gate", False) else []
+        words.append(type(mixer).__name__.removesuffix("Config"))
+        words += [f"N={mixer.factors}"] if isinstance(mixer, DeltaProductConfig) else []
+        words += [] if math.isnan(lo) else [f"[{lo:g},{hi:g}]"]
+        parts.append(" ".join([*words, f"x{model.mixers.count(mixer)}"]))
+    return f"{' + '.join(parts)} dim {model.dim}"
 
 
 def reproduce(a: ReproduceArguments) -> None:
@@ -208,8 +240,6 @@ def demo(a: DemoArguments) -> None:
     """Run the demo."""
     from statetrack.demo import demo as run_demo
 
-    if a.workers < 1:
-        raise UsageError(f"workers must be at least 1, got {a.workers}")
     run_demo(a.out, a.seed, a.workers)
 
 
@@ -218,4 +248,4 @@ def tasks(_: TasksArguments) -> None:
     table = Table("task", "what is asked", box=None)
     for name, line in TASKS.items():
         table.add_row(name, line)
-    Console().print(table)
+    Console(markup=False).print(table)
