@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from statetrack.runs import write_atomically
 
-Curve = Sequence[tuple[float, float]]  # (length, accuracy)
+Curve = Sequence[tuple[int, float]]  # (length, accuracy)
 COLOURS = (
     "#0072B2",
     "#D55E00",
@@ -58,7 +58,7 @@ def accuracy_by_length(
     return _save(figure, path)
 
 
-def training_curve(rows: Sequence[Mapping[str, float]], path: Path, *, title: str) -> list[Path]:
+def training_curve(rows: Sequence[Mapping[str, int | float]], path: Path, *, title: str) -> list[Path]:
     """Draw loss and accuracy against step from a run's metrics; write path.png and path.svg."""
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     steps = [row["step"] for row in rows]

@@ -37,7 +37,7 @@ class Bars:
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
         self._live.stop()
 
-    def update(self, name: str, done: float, total: float, note: str = "") -> None:
+    def update(self, name: str, done: int | float, total: int | float, note: str = "") -> None:
         """Say how far a piece of work is."""
         if name not in self._ids:
             self._ids[name] = self._live.add_task(name, total=total, note=note)

@@ -169,7 +169,7 @@ def plot(a: PlotArguments) -> None:
 
     if not a.runs:
         raise UsageError("name at least one run directory")
-    grouped: dict[Settings, list[list[tuple[float, float]]]] = {}
+    grouped: dict[Settings, list[list[tuple[int, float]]]] = {}
     measures = set()
     for path in a.runs:
         settings = load_settings(path)
@@ -197,7 +197,7 @@ def plot(a: PlotArguments) -> None:
     _say(f"wrote {' and '.join(map(str, written))}")
 
 
-def _curve(rows: list[dict[str, Any]]) -> tuple[str, list[tuple[float, float]]]:
+def _curve(rows: list[dict[str, Any]]) -> tuple[str, list[tuple[int, float]]]:
     """Return what an evaluation measured, and its value against the length."""
     single = [row for row in rows if isinstance(row["length"], int)]
     whole = [row for row in single if "curve" in row]

@@ -74,6 +74,7 @@ def test_a_million_tokens_take_seconds(shape: tuple[int, int]):
     assert time.process_time() - begin < 3
 
 
+@pytest.mark.wrong_types
 def test_run_refuses_what_it_cannot_read():
     automaton = Automaton(np.array([[0, 1], [1, 0]]), accepting=frozenset({1}))
     for words in (np.array([[0, 2]]), np.array([[-1]]), np.array([0, 1]), np.array([[0.0]])):
@@ -232,6 +233,7 @@ def test_json_keeps_letters_and_start(tmp_path):
         ([[0]], "found list"),
     ],
 )
+@pytest.mark.wrong_types
 def test_malformed_files_are_named_and_explained(tmp_path, content: object, message: str):
     path = tmp_path / "broken.json"
     path.write_text(json.dumps(content))
@@ -311,6 +313,7 @@ def test_word_problem_follows_the_product():
             assert rows[state] == points
 
 
+@pytest.mark.wrong_types
 def test_letters_may_be_a_subset():
     whole, some = Automaton.from_group("S5"), Automaton.from_group("S5", letters=[7, 0, 119])
     assert np.array_equal(some.table, whole.table[:, [7, 0, 119]])

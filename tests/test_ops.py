@@ -247,6 +247,7 @@ BAD_DELTA = {
 }
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("message", BAD_DELTA)
 def test_bad_input_to_delta_rule_is_one_clear_error(message: str, generator):
     x = {n: t.float() for n, t in delta_inputs()(generator, 2, 3).items()}

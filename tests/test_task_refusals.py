@@ -10,6 +10,8 @@ from statetrack.tasks import IGNORE, TASKS, get_task
 
 NAMES = [*(name for name in TASKS if ":" not in name), "group:Z2 x S3"]
 
+pytestmark = pytest.mark.wrong_types
+
 
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)

@@ -149,12 +149,7 @@ def test_death_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(torch, "save", dying_save)
     with pytest.raises(Killed):
         train(tiny(), tmp_path / "cut")
-    for module, name, real in (
-        (torch, "save", real_save),
-        (os, "replace", real_replace),
-        (Path, "unlink", real_unlink),
-    ):
-        monkeypatch.setattr(module, name, real)
+    monkeypatch.undo()
     assert any(entry.suffix == ".tmp" for entry in (tmp_path / "cut").iterdir())
     assert runs.Run(tmp_path / "cut").load_checkpoint()["step"] == 3
     assert load_run(tmp_path / "cut")[0] == tiny()

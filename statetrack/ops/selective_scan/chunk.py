@@ -142,6 +142,11 @@ def _write(block: _Block, out: Tensor, rows: Tensor) -> None:
     out.flatten(0, 1).index_copy_(0, block.tokens, rows.to(out.dtype))
 
 
+def _steps(block: _Block, *rows: Tensor) -> list[tuple]:
+    """Return, for every step, the number of active sequences and their rows of each tensor."""
+    return list(zip(block.active, *(x.split_with_sizes(block.active) for x in rows), strict=True))
+
+
 def _states(
     block: _Block,
     space: Tensor,
@@ -159,9 +164,11 @@ def _states(
     both = space[1, : first + R]
     both[:first] = start
     h = torch.mul((dt * u)[:, None], B[..., None], out=both[first:])
-    previous = both[:first]
-    for now, decay in zip(h.split(block.active), a.split(block.active), strict=True):
-        previous = now.addcmul_(decay, previous if len(previous) == len(now) else previous[: len(now)])
+    previous, count = both[:first], first
+    for active, now, decay in _steps(block, h, a):
+        if active < count:
+            previous, count = previous[:active], active
+        previous = now.addcmul_(decay, previous)
     if block.active[-1] == first:
         return a, both[:R], h
     counts = torch.tensor([first, *block.active], device=h.device)
@@ -177,16 +184,18 @@ def _keep_last(block: _Block, h: Tensor, state: Tensor) -> None:
             state[done:active] = h[end - active + done : end]
             done = active
         end -= active
+        if done == block.active[0]:
+            return
 
 
 def _run_back(block: _Block, a: Tensor, g: Tensor, d_state: Tensor) -> None:
     """Add to g [R M D] what reaches each state from later ones; `d_state` is carried through in place."""
-    later = decay = g[:0]
-    for now, decay_now in zip(reversed(g.split(block.active)), reversed(a.split(block.active)), strict=True):
-        if len(later) == len(now):
+    later, decay, count = g[:0], a[:0], 0
+    for active, now, decay_now in reversed(_steps(block, g, a)):
+        if active == count:
             now.addcmul_(decay, later)
         else:
-            now[: len(later)].addcmul_(decay, later)
-            now[len(later) :] += d_state[len(later) : len(now)]  # these sequences end here, or the block does
-        later, decay = now, decay_now
-    torch.mul(decay, later, out=d_state[: len(later)])
+            now[:count].addcmul_(decay, later)
+            now[count:] += d_state[count:active]  # these sequences end here, or the block does
+        later, decay, count = now, decay_now, active
+    torch.mul(decay, later, out=d_state[:count])

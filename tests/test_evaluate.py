@@ -1,0 +1,324 @@
+"""Evaluation: the same numbers however it is cut; pictures; the papers' tables."""
+
+import json
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from recipes import p1_chomsky, p1_s5, p2_groups
+from recipes.demo import demo_settings
+from statetrack import evaluate as evaluation
+from statetrack import reproduce as tables
+from statetrack.errors import UsageError
+from statetrack.evaluate import LONGEST_ATTENTION, Length, evaluate, parse_lengths
+from statetrack.layers import AttentionConfig, DeltaProductConfig, LSTMConfig, MambaConfig, MixerConfig
+from statetrack.model import Config, Model
+from statetrack.plots import accuracy_by_length, training_curve
+from statetrack.reproduce import TABLES, Cell
+from statetrack.runs import Run
+from statetrack.tasks import Task, get_task
+from statetrack.tasks.metrics import accuracy, correct, sequence_accuracy
+from statetrack.train import Interrupted, Settings, train
+
+DELTA = DeltaProductConfig(dim=16, heads=2)
+MIXERS = {
+    "deltanet": DELTA,
+    "mamba": MambaConfig(dim=16, state_size=4),
+    "attention": AttentionConfig(dim=16, heads=2),
+    "lstm": LSTMConfig(dim=16),
+}
+
+
+def model_for(task: Task, mixer: MixerConfig = DELTA) -> Model:
+    """Return an untrained model in float64, where no rounding decides which answer is the largest."""
+    torch.manual_seed(0)
+    config = Config(vocab_size=task.vocab_size, num_outputs=task.num_outputs, mixers=(mixer,), mlp_dim=16)
+    return config.build().double().eval()
+
+
+class Oracle(Model):
+    """Follow the task's automaton, but answer wrongly at given positions of given sequences."""
+
+    def __init__(self, task: Any, mistakes: list[tuple[int, int]]):
+        super().__init__(model_for(task).config)
+        self.task, self.mistakes = task, mistakes
+
+    def forward(self, tokens: torch.Tensor, state: Any = None):
+        done, states = state or (0, None)
+        automaton = self.task.automaton
+        before = torch.full((len(tokens),), automaton.start) if states is None else states
+        run = automaton.run(tokens.numpy(), before.numpy())
+        answers = torch.from_numpy(automaton.emits[run])
+        for sequence, position in self.mistakes:
+            if done <= position < done + tokens.shape[1]:
+                answers[sequence, position - done] += 1
+        logits = torch.nn.functional.one_hot(answers % self.task.num_outputs, self.task.num_outputs)
+        return logits.double(), (done + tokens.shape[1], torch.from_numpy(run[:, -1].copy()))
+
+
+@pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS.keys())
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [
+        ("parity", 23),
+        ("parity", (4, 23)),
+        ("modular_arithmetic", (3, 17)),
+        ("S3", 21),
+        ("S3", (5, 21)),
+        ("Z60_2_tokens", 12),
+    ],
+)
+def test_pieces_equal_one_pass(monkeypatch: pytest.MonkeyPatch, name: str, length: Length, mixer: MixerConfig):
+    task = get_task(name)
+    model = model_for(task, mixer)
+    whole = evaluate(model, task, length, sequences=20, batch_size=8)
+    for tokens_at_once in (8, 24, 56):  # 1, 3 and 7 tokens of 8 sequences
+        monkeypatch.setattr(evaluation, "TOKENS_AT_ONCE", tokens_at_once)
+        assert evaluate(model, task, length, sequences=20, batch_size=8) == whole
+
+
+@pytest.mark.parametrize("name", ["parity", "S3", "Z60_2_tokens"])
+def test_numbers_are_those_of_the_metrics(monkeypatch: pytest.MonkeyPatch, name: str):
+    """Compare with the definitions in tasks.metrics, on the same sequences read in one pass."""
+    task = get_task(name)
+    model = model_for(task)
+    inputs, targets = task.sample(torch.Generator().manual_seed(5), 64, 12)
+    predictions = model(inputs)[0].argmax(-1)
+    monkeypatch.setattr(evaluation, "TOKENS_AT_ONCE", 64 * 5)
+    found = evaluate(model, task, 12, sequences=64, batch_size=64, seed=5)
+    assert found["accuracy"] == accuracy(predictions, targets)
+    assert found["scaled_accuracy"] == (found["accuracy"] - task.chance) / (1 - task.chance)
+    if task.supervision == "last":
+        assert "curve" not in found
+        return
+    expected = sequence_accuracy(correct(predictions, targets)).tolist()
+    assert found["curve"] == [[t, expected[t - 1 + task.bos]] for t in range(1, 13)]
+    assert found["sequence_accuracy"] == expected[-1]
+
+
+@pytest.mark.parametrize("tokens_at_once", [4, 12, 1 << 15])
+def test_the_curve_of_known_mistakes(monkeypatch: pytest.MonkeyPatch, tokens_at_once: int):
+    monkeypatch.setattr(evaluation, "TOKENS_AT_ONCE", tokens_at_once)
+    task = get_task("S3")
+    mistakes = [(0, 3), (0, 7), (2, 10), (3, 0)]  # position 0 is BOS, where nothing is asked
+    found = evaluate(Oracle(task, mistakes), task, 10, sequences=4, batch_size=4)
+    assert found["curve"] == [[t, 1.0 if t < 3 else 0.75 if t < 10 else 0.5] for t in range(1, 11)]
+    assert found["sequence_accuracy"] == 0.5 and found["accuracy"] == 37 / 40
+    assert evaluate(Oracle(task, []), task, 10, sequences=4, batch_size=4)["sequence_accuracy"] == 1.0
+
+
+def test_progress_and_the_last_smaller_batch():
+    task, shares = get_task("parity"), []
+    evaluate(model_for(task), task, 9, sequences=20, batch_size=8, report=shares.append)
+    assert shares == sorted(shares) and shares[-1] == 1.0 and len(shares) == 3
+
+
+def test_twenty_thousand_tokens_in_pieces():
+    task = get_task("parity")
+    largest = 0
+
+    def watch(module: Any, arguments: Any) -> None:
+        nonlocal largest
+        largest = max(largest, arguments[0].numel())
+        del module
+
+    model = model_for(task).float()
+    model.register_forward_pre_hook(watch)
+    found = evaluate(model, task, 20_000, sequences=8, batch_size=8)
+    assert 0 <= found["accuracy"] <= 1
+    assert largest <= evaluation.TOKENS_AT_ONCE < 8 * 20_000
+
+
+def test_attention_is_refused_beyond_its_limit():
+    task = get_task("parity")
+    hybrid = Config(vocab_size=3, num_outputs=3, mixers=(DELTA, AttentionConfig(dim=16, heads=2))).build()
+    for model in (hybrid, model_for(task, AttentionConfig(dim=16, heads=2))):
+        with pytest.raises(UsageError, match=f"up to {LONGEST_ATTENTION} are accepted, got 99999"):
+            evaluate(model, task, 100_000)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sequences": 0}, "sequences must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"length": 0}, "2 <= lo <= hi, got lo = 0"),
+        ({"length": (9, 4)}, "lo = 9, hi = 4"),
+    ],
+)
+def test_bad_evaluations(options: dict[str, Any], message: str):
+    task = get_task("parity")
+    with pytest.raises(UsageError, match=message):
+        evaluate(model_for(task), task, **{"length": 8, **options})
+
+
+def test_lengths_as_written():
+    assert parse_lengths(["256", "40..256", "1_000", "1,000,000"]) == [256, (40, 256), 1000, 1_000_000]
+    for word in ("", "abc", "4..", "..4", "-3", "3.5", "1e6", "4...8", "4-8"):
+        with pytest.raises(UsageError, match="a number or a range like 40..256"):
+            parse_lengths([word])
+
+
+def assert_picture(path: Path):
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    root = ET.parse(path.with_suffix(".svg")).getroot()
+    assert root.tag.endswith("svg") and len(list(root.iter())) > 20
+    assert len(list(path.parent.glob(".*"))) == 0
+
+
+def test_pictures(tmp_path: Path):
+    one, two = [(3, 1.0), (8, 0.5)], [(3, 0.0), (8, 1.0), (16, 1.0)]
+    curves = {"both [-1,1]": [one, two], "alone": [two]}
+    written = accuracy_by_length(curves, tmp_path / "new" / "accuracy", title="t", trained=(3, 8))
+    assert [p.name for p in written] == ["accuracy.png", "accuracy.svg"]
+    assert_picture(written[0])
+    first = written[1].read_bytes()
+    accuracy_by_length({"both [-1,1]": [one]}, tmp_path / "new" / "accuracy", title="t")
+    assert written[1].read_bytes() != first
+    rows = [{"step": i, "loss": 1 / i, "accuracy": 0.5} for i in range(1, 9)]
+    assert_picture(training_curve(rows, tmp_path / "new" / "training", title="t")[0])
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("recipe", [p1_chomsky, p1_s5, p2_groups], ids=lambda r: r.__name__)
+def test_recipes_build(recipe: Any, quick: bool):
+    cells: list[Cell] = recipe.cells(quick)
+    assert len({cell.name for cell in cells}) == len(cells)
+    seen = set()
+    for cell in cells:
+        settings = cell.settings(3)
+        settings.check()
+        assert settings.seed == 3
+        assert not set(cell.name) & set(" []()*?{}$'\"\\/&;|<>~!"), "a name is a directory, typed into shells"
+        task = get_task(settings.task)
+        task.length_range(settings.train_length)
+        task.length_range(cell.length)
+        assert cell.measure in ("scaled_accuracy", "sequence_accuracy")
+        assert (cell.measure == "sequence_accuracy") == (task.supervision == "every")
+        assert (settings.model.vocab_size, settings.model.num_outputs) == (task.vocab_size, task.num_outputs)
+        if settings.model not in seen:
+            seen.add(settings.model)
+            with torch.device("meta"):
+                settings.model.build()
+    said = getattr(recipe, "SAYS", {})
+    assert set(said) <= {cell.name for cell in cells}, "what the paper says belongs to a cell"
+
+
+def test_quick_recipes_are_smaller():
+    for recipe in (p1_chomsky, p1_s5, p2_groups):
+        for small, full in zip(recipe.cells(True), recipe.cells(False), strict=True):
+            assert small.name == full.name and small.settings(0).steps < full.settings(0).steps / 10
+
+
+@pytest.mark.parametrize("mixer", ["deltanet", "mamba"])
+def test_demo_recipe_differs_in_the_range_only(mixer: str):
+    whole, half = (demo_settings(mixer, eigenvalues, 0) for eigenvalues in ((-1.0, 1.0), (0.0, 1.0)))
+    mixers = (replace(half.model.mixers[0], eigenvalues=(-1.0, 1.0)),)
+    assert whole != half and replace(half, model=replace(half.model, mixers=mixers)) == whole
+
+
+# one tiny table
+
+
+def tiny_settings(seed: int) -> Settings:
+    task = get_task("S3")
+    model = Config(vocab_size=task.vocab_size, num_outputs=task.num_outputs, mixers=(DELTA,), mlp_dim=16)
+    return Settings(task="S3", model=model, train_length=(4, 4), steps=6, batch_size=4, seed=seed, log_every=1)
+
+
+CELLS = [
+    Cell(
+        name="S3-small", settings=tiny_settings, length=8, measure="sequence_accuracy", sequences=16, best=0.5, says="x"
+    ),
+    Cell(name="S3-other", settings=tiny_settings, length=8, measure="sequence_accuracy", sequences=16),
+]
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A table of two cells; call it to reproduce it, with changes; it counts the trainings that took steps."""
+    steps: list[int] = []
+
+    def counting(settings: Settings, path: Path, **options: Any) -> Model:
+        report = options.pop("report")
+
+        def both(row: dict[str, Any]) -> None:
+            steps.append(row["step"])
+            report(row)
+            if len(steps) == run.stop_after:
+                raise Interrupted(2, row["step"], path)
+
+        return train(settings, path, report=both, **options)
+
+    def run(**changes: Any) -> list[int]:
+        steps.clear()
+        options = {"cells": (), "seeds": (0, 1), "quick": False, "list_only": False, "device": "cpu", "out": tmp_path}
+        tables.reproduce("p2-groups", **{**options, **changes})
+        return list(steps)
+
+    run.stop_after = -1  # pyright: ignore[reportFunctionMemberAccess]
+    monkeypatch.setattr(tables, "train", counting)
+    monkeypatch.setattr(tables, "import_module", recipe_of(*CELLS))
+    return run
+
+
+def test_reproduce_runs_then_skips(table: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert table() == [1, 2, 3, 4, 5, 6] * 4
+    folder = tmp_path / "p2-groups"
+    results = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert [(r["cell"], r["seed"]) for r in results] == [(c.name, seed) for c in CELLS for seed in (0, 1)]
+    assert all(r["length"] == 8 and r["sequences"] == 16 and "sequence_accuracy" in r for r in results)
+    text = (folder / "table.md").read_text()
+    lines = [
+        [word.strip() for word in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
+    row = dict(zip(lines[0], lines[2], strict=True))
+    values = sorted(r["sequence_accuracy"] for r in results[:2])
+    assert row["cell"] == "S3-small" and row["measure"] == "sequence accuracy at 8" and row["seeds"] == "2"
+    assert [float(row[k]) for k in ("worst", "best")] == [round(v, 3) for v in values]
+    assert row["paper's best"] == "0.500" and row["paper's median"] == "" and row["paper says"] == "x"
+    assert text.startswith("The paper's settings.") and "S3-other" in text
+    assert "S3-small" in capsys.readouterr().out
+    assert table() == []
+    assert (folder / "table.md").read_text() == text
+
+
+def test_reproduce_resumes_what_was_interrupted(table: Any, tmp_path: Path):
+    table.stop_after = 9
+    with pytest.raises(Interrupted):
+        table(cells=["small"])
+    done = tmp_path / "p2-groups" / "S3-small"
+    assert (done / "seed0" / "result.json").exists() and not (done / "seed1" / "result.json").exists()
+    table.stop_after = -1
+    table(cells=["small"])
+    train(tiny_settings(1), tmp_path / "whole")
+    whole, resumed = (Run(p).load_weights() for p in (tmp_path / "whole", done / "seed1"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not (tmp_path / "p2-groups" / "S3-other").exists()
+
+
+def test_reproduce_keeps_quick_apart_and_says_so(table: Any, tmp_path: Path):
+    table(cells=["small"], seeds=(0,), quick=True)
+    assert "NOT the paper's" in (tmp_path / "p2-groups-quick" / "table.md").read_text()
+    assert not (tmp_path / "p2-groups").exists()
+
+
+def test_reproduce_refuses(table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for changes, message in (({"cells": ("zzz",)}, "contains zzz"), ({"seeds": ()}, "at least one seed")):
+        with pytest.raises(UsageError, match=message):
+            table(**changes)
+    assert table(list_only=True) == [] and list(tmp_path.iterdir()) == []
+    table(cells=["small"], seeds=(0,))
+    changed = replace(SMALL, settings=lambda seed: replace(tiny_settings(seed), lr=0.5))
+    monkeypatch.setattr(tables, "import_module", recipe_of(changed))
+    with pytest.raises(UsageError, match="was made with other settings"):
+        table(cells=["small"], seeds=(0,))
+
+
+def test_every_table_has_a_recipe():
+    assert set(TABLES) == {"p1-chomsky", "p1-s5", "p2-groups"}
