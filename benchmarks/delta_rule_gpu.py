@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
 
-from statetrack.ops.delta_rule.triton import delta_rule_triton
+from statetrack.ops import delta_rule
 
 ROUNDS, REPEATS = 5, 4
 SHAPES = {  # B, T, H, K = V, N
@@ -30,7 +31,7 @@ SHAPES = {  # B, T, H, K = V, N
 
 def inputs(B, T, H, D, N, highest=2.0):
     """Draw unit keys and queries, normal values, beta in [0, highest], on the GPU in bf16."""
-    draw = lambda *shape: torch.randn(*shape, device="cuda")  # noqa: E731
+    draw = partial(torch.randn, device="cuda")
     q = F.normalize(draw(B, T, H, D), dim=-1).bfloat16()
     k = F.normalize(draw(B, T, N, H, D), dim=-1).bfloat16()
     v = draw(B, T, N, H, D).bfloat16()
@@ -40,9 +41,7 @@ def inputs(B, T, H, D, N, highest=2.0):
 
 def ours(precision="tracking"):
     def run(q, k, v, beta):
-        B, T, H, D = q.shape
-        state = torch.zeros(B, H, D, D, device=q.device)
-        return delta_rule_triton(q, k, v, beta, None, D**-0.5, state, [T] * B, precision)
+        return delta_rule(q, k, v, beta, backend="triton", precision=precision)
 
     return run
 
@@ -202,10 +201,14 @@ def _reflect(directions, index, v, lengths) -> dict:
     return out
 
 
+def show(x) -> str:
+    """Format a cell: three significant digits of a number."""
+    return str(x) if not isinstance(x, float) else f"{x:.3g}" if abs(x) < 100 else f"{x:.0f}"
+
+
 def table(title: str, rows: list[dict]) -> str:
     """Format rows as a markdown table."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    show = lambda x: (f"{x:.3g}" if abs(x) < 100 else f"{x:.0f}") if isinstance(x, float) else str(x)  # noqa: E731
     lines = [f"### {title}", "", "| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys)]
     lines += ["| " + " | ".join(show(row.get(key, "")) for key in keys) + " |" for row in rows]
     return "\n".join(lines) + "\n"

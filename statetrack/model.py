@@ -65,7 +65,8 @@ def _mixer_from_dict(data: dict[str, Any]) -> MixerConfig:
     name = data.pop("mixer")
     if name not in MIXERS:
         raise UsageError(f"unknown mixer {name!r}; accepted: {', '.join(MIXERS)}")
-    return MIXERS[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    return MIXERS[name](**values)
 
 
 class Block(nn.Module):

@@ -13,6 +13,7 @@ Letters: B batch, T tokens, N factors, H heads, K = V head width, W window of th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -52,6 +53,9 @@ class DeltaProductConfig:
     """multiply the normalised output by silu(W x)"""
     eigenvalues: tuple[float, float] = (-1.0, 1.0)
     """range of the data-dependent eigenvalue of a factor"""
+    beta_std: float | None = None
+    """standard deviation of beta's logits at the start; default DeltaNet's, near 0.2 and so every eigenvalue near the
+    middle of its range, where a small model may wait long before it begins to track; 2 spreads them over the range"""
     norm_eps: float = 1e-6
     backend: str = "auto"
 
@@ -83,6 +87,10 @@ class DeltaProduct(nn.Module):
         self.k_proj = projection(config.dim, config.factors * inner)
         self.v_proj = projection(config.dim, config.factors * inner)
         self.beta_proj = projection(config.dim, config.factors * config.heads)
+        if config.beta_std is not None:
+            if not 0 < config.beta_std < math.inf:
+                raise UsageError(f"beta_std must be positive and finite, got {config.beta_std}")
+            nn.init.normal_(self.beta_proj.weight, std=config.beta_std * config.dim**-0.5)
         self.conv = ShortConvolution((1 + 2 * config.factors) * inner, config.conv_size) if config.conv_size else None
         if config.gate:
             self.gate_proj = projection(config.dim, config.heads)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,9 @@ from statetrack.errors import UsageError
 
 BACKENDS = ("auto", "reference", "chunk", "triton")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+TRITON_INSTALLED = find_spec("triton") is not None
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on CPU tensors: slow, for tests
 
 
 def check_backend(backend: str, available: tuple[str, ...]) -> None:

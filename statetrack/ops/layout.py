@@ -81,8 +81,6 @@ class Chunks:
     chunk: int
     rows: int
     device: torch.device
-    least_steps: int = 1
-    """blocks take fewer sequences side by side rather than fewer consecutive chunks than this"""
 
     @property
     def order(self) -> list[int]:
@@ -95,9 +93,8 @@ class Chunks:
         starts = torch.tensor([0, *self.lengths]).cumsum(0)[order]
         lengths = torch.tensor(self.lengths)[order]
         counts = -(-lengths // self.chunk)
-        width = max(1, self.rows // self.least_steps)
-        for first in range(0, len(order), width):
-            group = slice(first, min(first + width, len(order)))
+        for first in range(0, len(order), self.rows):
+            group = slice(first, min(first + self.rows, len(order)))
             yield from self._blocks_of(group, starts[group], lengths[group], counts[group])
 
     def _blocks_of(self, group: slice, starts: Tensor, lengths: Tensor, counts: Tensor) -> Iterator[Block]:

@@ -20,9 +20,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from statetrack.errors import UsageError
-from statetrack.ops.checks import check_backend, check_same_dtype, check_shape, check_tensors, sequence_lengths
+from statetrack.ops.checks import (
+    TRITON_INSTALLED,
+    TRITON_INTERPRETED,
+    check_backend,
+    check_same_dtype,
+    check_shape,
+    check_tensors,
+    sequence_lengths,
+)
 from statetrack.ops.delta_rule.chunk import delta_rule_chunk
 from statetrack.ops.delta_rule.reference import delta_rule_reference
+
+PRECISIONS = ("tracking", "fast")
 
 
 def delta_rule(
@@ -36,6 +46,7 @@ def delta_rule(
     initial_state: Float[Tensor, "S H K V"] | None = None,
     cu_seqlens: Int[Tensor, "offsets"] | None = None,
     backend: str = "auto",
+    precision: str = "tracking",
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "S H K V"]]:
     """Apply N generalised Householder factors per token to a matrix state and read it with q.
 
@@ -52,15 +63,20 @@ def delta_rule(
         scale: factor of the output. Default: K ** -0.5.
         initial_state: state before the first token, one per sequence (S = B, or the number of packed sequences).
         cu_seqlens: offsets [0, ..., T] of sequences packed along T; needs B = 1.
-        backend: "reference" (the definition), "chunk" (fast, CPU and GPU) or "auto".
+        backend: "reference" (the definition), "chunk" (fast, CPU and GPU), "triton" (faster, GPU; float32, bfloat16,
+            float16) or "auto": "triton" where it is installed and takes the input, else "chunk".
+        precision: "tracking" keeps the state's error near the data type's rounding over a million tokens; "fast" lets
+            the Triton kernels round what they multiply to bfloat16, as other libraries do. Other backends ignore it.
 
     Returns:
         o in the dtype of v, and the state after each sequence's last token in float32 (float64 for float64 inputs).
 
     Raises:
-        UsageError: a shape, dtype, device, cu_seqlens or backend that does not fit.
+        UsageError: a shape, dtype, device, cu_seqlens, backend or precision that does not fit.
     """
-    check_backend(backend, ("reference", "chunk"))
+    check_backend(backend, ("reference", "chunk", "triton"))
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision={precision!r} is unknown; accepted: {', '.join(PRECISIONS)}")
     check_tensors(q=q, k=k, v=v, beta=beta, log_decay=log_decay, initial_state=initial_state)
     lengths = _check_shapes(q, k, v, beta, log_decay, initial_state, cu_seqlens)
     check_same_dtype(q=q, k=k, v=v)
@@ -75,7 +91,35 @@ def delta_rule(
         cast = q.to(compute), k.to(compute), v.to(compute), beta.to(compute)
         o, state = delta_rule_reference(*cast, log_decay, scale, initial_state, lengths)
         return o.to(v.dtype), state
+    if backend == "triton" or (backend == "auto" and q.is_cuda):
+        reason = _not_for_triton(q, k, v, log_decay)
+        if reason is None:
+            from statetrack.ops.delta_rule.triton import delta_rule_triton
+
+            return delta_rule_triton(q, k, v, beta, log_decay, scale, initial_state, lengths, precision)
+        if backend == "triton":
+            raise UsageError(f'backend="triton" {reason}; use backend="chunk"')
     return delta_rule_chunk(q, k, v, beta, log_decay, scale, initial_state, lengths)
+
+
+def _not_for_triton(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> str | None:
+    """Return why the Triton kernels cannot run on these inputs, or None if they can."""
+    if not TRITON_INSTALLED:
+        return "needs Triton, which is not installed (pip install 'statetrack[gpu]')"
+    if not q.is_cuda and not TRITON_INTERPRETED:
+        return f"needs tensors on a CUDA device, got {q.device}"
+    if v.dtype == torch.float64:
+        return "does not take float64"
+    widest = 256 if v.dtype == torch.bfloat16 else 128
+    if q.shape[-1] > widest or v.shape[-1] > 256:
+        return f"takes K up to {widest} and V up to 256 in {v.dtype}, got K = {q.shape[-1]}, V = {v.shape[-1]}"
+    if k.shape[2] > 8:
+        return f"takes up to 8 factors per token, got {k.shape[2]}"
+    if log_decay is not None and log_decay.ndim == 4:
+        return "does not take a decay per key channel"
+    if v.numel() >= 2**34 or q.shape[1] >= 2**31:
+        return f"takes fewer than 2^34 values and 2^31 tokens, got {v.numel()} and {q.shape[1]}"
+    return None
 
 
 def _check_shapes(q, k, v, beta, log_decay, initial_state, cu_seqlens) -> list[int]:

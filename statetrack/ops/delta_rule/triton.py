@@ -12,6 +12,9 @@ once S <- A S + c has been taken over the segments in float64, from their true i
 Letters: B batch, T tokens, S sequences, C tokens per chunk, N factors per token, H value heads, K key dim, V value dim.
 """
 
+# Launches take constexpr parameters and options that no signature shows:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 from functools import lru_cache
@@ -25,31 +28,11 @@ from statetrack.ops.delta_rule.triton_backward import gather, walk_back
 from statetrack.ops.delta_rule.triton_decode import step
 from statetrack.ops.delta_rule.triton_forward import ROWS, prepare, walk
 
-PRECISIONS = ("tracking", "fast")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_DIM = 256
 BACKWARD_RANGES = 4  # the backward's workspace is about this fraction of one for the whole sequence
 MIN_RANGE = 8  # chunks
 FULL_GPU = 128  # (sequence, head) pairs that keep a GPU busy
 MIN_SEGMENT = 16  # chunks
 MIN_SEGMENTS = 4  # fewer do not pay for walking three times
-
-
-def unsupported(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> str | None:
-    """Return why these inputs cannot run on the kernels, or None if they can."""
-    N, K, V = k.shape[2], k.shape[-1], v.shape[-1]
-    if v.dtype not in DTYPES:
-        return f"dtype {v.dtype}; accepted: float32, bfloat16, float16"
-    most = MAX_DIM if v.dtype == torch.bfloat16 else MAX_DIM // 2
-    if K > most or V > MAX_DIM:
-        return f"K = {K}, V = {V} with {v.dtype}; accepted: K up to {most}, V up to {MAX_DIM}"
-    if N > 8:
-        return f"N = {N} factors per token; accepted: up to 8"
-    if log_decay is not None and log_decay.ndim == 4:
-        return "a decay per key channel; accepted: none or one per head"
-    if v.numel() >= 2**31 * 8 or max(q.shape[1], 1) >= 2**31:
-        return f"{v.numel()} values; accepted: fewer than 2^34"
-    return None
 
 
 def delta_rule_triton(
@@ -61,17 +44,12 @@ def delta_rule_triton(
     scale: float,
     initial_state: Tensor,
     lengths: list[int],
-    precision: str = "tracking",
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     """Compute `delta_rule` on a GPU, with gradients to every tensor (once differentiable).
 
     precision="fast" takes one term in every product: about the speed and the error of other libraries' kernels.
     """
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision={precision!r} is unknown; accepted: {', '.join(PRECISIONS)}")
-    reason = unsupported(q, k, v, log_decay)
-    if reason is not None:
-        raise UsageError(f'backend="triton" does not take {reason}; use backend="chunk"')
     tensors = (q, k, v, beta, log_decay, initial_state)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     packed = [] if q.shape[0] == len(lengths) else lengths
@@ -174,8 +152,8 @@ def _tables(lengths: tuple[int, ...], C: int, device: torch.device) -> tuple[Ten
         bases.append(len(pairs))
         pairs += [(s, c) for c in range(-(-length // C))]
     pairs = torch.tensor(pairs, dtype=torch.int32).view(-1, 2)
-    make = lambda x: torch.tensor(x, dtype=torch.int32, device=device)  # noqa: E731
-    return make(starts), pairs.to(device), make(bases)
+    offsets, bases = (torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, bases))
+    return offsets, pairs.to(device), bases
 
 
 @torch.library.custom_op("statetrack::delta_rule_forward", mutates_args=())
@@ -271,12 +249,9 @@ def _backward(
     log_decay = None if log_decay is None else log_decay.contiguous()
     plan = _Plan(q, k, v, log_decay, packed, terms)
     groups = plan.HV // plan.HK
-    heads = (
-        lambda x: torch.empty(  # noqa: E731
-            *x.shape[:-2], plan.HV, plan.K, dtype=x.dtype if groups == 1 else torch.float32, device=x.device
-        )
-    )
-    dq, dk, dv = heads(q), heads(k), torch.empty_like(v)
+    per_value_head = q.dtype if groups == 1 else torch.float32  # summed over the group afterwards
+    dq, dk = (x.new_empty(*x.shape[:-2], plan.HV, plan.K, dtype=per_value_head) for x in (q, k))
+    dv = torch.empty_like(v)
     d_beta = torch.empty(beta.shape, device=q.device)
     d_decay = d_beta.new_empty(() if log_decay is None else log_decay.shape)
     d_state = d_final.clone()
@@ -326,9 +301,9 @@ def _ranges(plan: _Plan) -> list[tuple[int, int]]:
 @_backward.register_fake
 def _(*args):
     q, k, v, beta, log_decay, d_final = *args[:5], args[9]
-    new = lambda x: torch.empty_like(x, memory_format=torch.contiguous_format)  # noqa: E731
-    d_decay = beta.new_empty((), dtype=torch.float32) if log_decay is None else new(log_decay)
-    return new(q), new(k), new(v), new(beta), d_decay, new(d_final.float())
+    d_decay = beta.new_empty((), dtype=torch.float32) if log_decay is None else log_decay
+    grads = q, k, v, beta, d_decay, d_final.float()
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in grads)
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -365,8 +340,8 @@ def _step(
 
 
 @_step.register_fake
-def _(q, k, v, *rest):
-    state = rest[2]
+def _(*args):
+    q, _, v, _, _, state, _ = args
     final = torch.empty_like(state, dtype=torch.float32, memory_format=torch.contiguous_format)
     return v.new_empty(q.shape[0], 1, *v.shape[3:]), final
 
@@ -382,7 +357,8 @@ def delta_rule_step_(
 
 
 @delta_rule_step_.register_fake
-def _(q, k, v, *rest):  # noqa: ARG001
+def _(*args):
+    q, _, v, *_ = args
     return v.new_empty(q.shape[0], 1, *v.shape[3:])
 
 

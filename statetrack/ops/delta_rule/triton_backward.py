@@ -16,6 +16,8 @@ The gradient to the running log decay g_i is what row i reads minus what is read
 reads everything. Letters as in triton_forward.py.
 """
 
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 

@@ -1,9 +1,12 @@
 """The delta rule for a single token: one kernel that reads and writes the state once.
 
-    S <- exp(log_decay) S;   for j = 1..N:  S <- S + w_j k_j (|k_j| v_j - k_j^T S)^T,   w = beta / |k|^2;   o = scale S^T q
+    S <- exp(log_decay) S;   for j = 1..N:  S <- S + w_j k_j (|k_j| v_j - k_j^T S)^T,   w = beta / |k|^2
+    o = scale S^T q
 
 Letters: B batch, N factors, H value heads, K key dim, V value dim.
 """
+
+# pyright: reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl

@@ -7,7 +7,8 @@ largest entry near 1, n = |p k| and w = beta / n^2,
 
 `walk` holds S^T [V K] in float32 and feeds the tensor cores two-term splits of it, of R and of U, chunk after chunk:
 
-    R = n v - p D_i0 k S,  F = X R,  U = p w F,  o_i = D_i0 q_i S + sum_j D_ij (q_i.k_j) U_j,  S <- D_C0 S + (D_Cj k)^T U
+    R = n v - p D_i0 k S,   F = X R,   U = p w F
+    o_i = D_i0 q_i S + sum_j D_ij (q_i.k_j) U_j,   S <- D_C0 S + (D_Cj k)^T U
 
 Everything is computed transposed (V rows), so that S, R and U go from one product's accumulator into the next product's
 left operand without leaving registers. Keys enter the products as stored. For the backward, `prepare` computes the
@@ -16,6 +17,8 @@ other form, p (I + diag(w) L)^-1, and `walk` saves S at the chunks' starts and F
 Letters: B batch, T tokens, C tokens per chunk, N factors per token, M rows of a chunk (64, the last ones empty when N
 does not divide 64), H value heads, K key dim, V value dim. A `slot` numbers the (sequence, chunk) pairs of a workspace.
 """
+
+# pyright: reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
