@@ -16,6 +16,9 @@ from sympy.combinatorics.named_groups import AlternatingGroup, DihedralGroup, Sy
 from statetrack.automata import Automaton, parse_group, permutation_group
 from statetrack.errors import UsageError
 
+# beartype, which checks the types of what a strategy builds, picks the item of a container to check with `random`
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
+
 
 @st.composite
 def automata(draw: st.DrawFn, letters: int = 2, moore: bool | None = None) -> Automaton:
