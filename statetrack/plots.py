@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from statetrack.errors import UsageError
 from statetrack.runs import write_atomically
 
 Curve = Sequence[tuple[int, float]]  # (length, accuracy)
@@ -72,8 +73,11 @@ def training_curve(rows: Sequence[Mapping[str, int | float]], path: Path, *, tit
 
 
 def _save(figure: Figure, path: Path) -> list[Path]:
+    if not path.name:
+        raise UsageError(f"{str(path)!r} is no name for a picture; give a file, e.g. accuracy.png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
+    stem = path.stem if path.suffix in (".png", ".svg") else path.name
+    png, svg = path.with_name(f"{stem}.png"), path.with_name(f"{stem}.svg")
     write_atomically(png, lambda p: FigureCanvasAgg(figure).print_png(str(p), metadata={"Software": None}))
     write_atomically(svg, lambda p: FigureCanvasSVG(figure).print_svg(str(p), metadata={"Date": None}))
     return [png, svg]

@@ -155,9 +155,14 @@ def _title(quick: bool) -> str:
 
 
 def _table(every: Sequence[Cell], folder: Path, quick: bool) -> Table:
-    table = Table(Column(HEADER[0], overflow="fold"), *HEADER[1:], title=_title(quick))
-    for row in _rows(every, folder):
-        table.add_row(*row)
+    """Return the table for a terminal: names whole, columns without a number left out, the measure in the title."""
+    rows: list[dict[str, str]] = [dict(zip(HEADER, row, strict=True)) for row in _rows(every, folder)]
+    measures = ", ".join(sorted({row["measure"] for row in rows}))
+    names = [name for name in HEADER if name != "measure" and any(row[name] for row in rows)]
+    columns = [Column(name, no_wrap=name == "cell", overflow="fold") for name in names]
+    table = Table(*columns, title=f"{measures}; {_title(quick)}", box=None, padding=(0, 1, 0, 0))
+    for row in rows:
+        table.add_row(*(row[name] for name in names))
     return table
 
 
@@ -172,7 +177,16 @@ def _markdown(every: Sequence[Cell], folder: Path, quick: bool) -> list[str]:
 
 
 def _list(chosen: Sequence[Cell], seeds: Sequence[int]) -> Table:
-    table = Table("cell", "task", "layers", "steps", "batch", "tokens in all (1e9)", "evaluated at")
+    table = Table(
+        Column("cell", no_wrap=True),
+        "task",
+        "layers",
+        "steps",
+        "batch",
+        "tokens in all (1e9)",
+        "evaluated at",
+        box=None,
+    )
     for cell in chosen:
         s = cell.settings(seeds[0])
         tokens = s.steps * s.batch_size * get_task(s.task).tokens(s.train_length) * len(seeds) / 1e9

@@ -1,14 +1,20 @@
 """Evaluation: the same numbers however it is cut; pictures; the papers' tables."""
 
 import json
+import os
+import signal
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
 
 from recipes import p1_chomsky, p1_s5, p2_groups
 from recipes.demo import demo_settings
@@ -18,12 +24,12 @@ from statetrack.errors import UsageError
 from statetrack.evaluate import LONGEST_ATTENTION, Length, evaluate, parse_lengths
 from statetrack.layers import AttentionConfig, DeltaProductConfig, LSTMConfig, MambaConfig, MixerConfig
 from statetrack.model import Config, Model
-from statetrack.plots import accuracy_by_length, training_curve
+from statetrack.plots import COLOURS, accuracy_by_length, training_curve
 from statetrack.reproduce import TABLES, Cell
 from statetrack.runs import Run
 from statetrack.tasks import Task, get_task
 from statetrack.tasks.metrics import accuracy, correct, sequence_accuracy
-from statetrack.train import Interrupted, Settings, train
+from statetrack.train import Interrupted, Report, Settings, train
 
 DELTA = DeltaProductConfig(dim=16, heads=2)
 MIXERS = {
@@ -164,24 +170,38 @@ def test_lengths_as_written():
             parse_lengths([word])
 
 
-def assert_picture(path: Path):
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    root = ET.parse(path.with_suffix(".svg")).getroot()
-    assert root.tag.endswith("svg") and len(list(root.iter())) > 20
-    assert len(list(path.parent.glob(".*"))) == 0
+def inked(png: Path, colour: str) -> int:
+    """Count the pixels of a colour, to within the picture's 8 bits."""
+    return int((np.abs(imread(png)[..., :3] - to_rgb(colour)) < 2 / 255).all(-1).sum())
 
 
-def test_pictures(tmp_path: Path):
+def test_accuracy_is_drawn(tmp_path: Path):
     one, two = [(3, 1.0), (8, 0.5)], [(3, 0.0), (8, 1.0), (16, 1.0)]
-    curves = {"both [-1,1]": [one, two], "alone": [two]}
-    written = accuracy_by_length(curves, tmp_path / "new" / "accuracy", title="t", trained=(3, 8))
-    assert [p.name for p in written] == ["accuracy.png", "accuracy.svg"]
-    assert_picture(written[0])
-    first = written[1].read_bytes()
-    accuracy_by_length({"both [-1,1]": [one]}, tmp_path / "new" / "accuracy", title="t")
-    assert written[1].read_bytes() != first
+    both = {"both [-1,1]": [one, two], "alone": [two]}
+    png, svg = accuracy_by_length(both, tmp_path / "new" / "accuracy", title="a title", trained=(3, 8))
+    assert (
+        {path.name for path in (tmp_path / "new").iterdir()} == {"accuracy.png", "accuracy.svg"} == {png.name, svg.name}
+    )
+    assert all(inked(png, colour) > 100 for colour in COLOURS[:2]) and inked(png, COLOURS[2]) == 0
+    assert ET.parse(svg).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    for text in ("a title", "both [-1,1] (2 seeds, worst to best)", "alone", "trained up to here"):
+        assert f"<!-- {text}" in svg.read_text()
+    accuracy_by_length({"alone": [two]}, png, title="a title")
+    assert inked(png, COLOURS[0]) > 100 and inked(png, COLOURS[1]) == 0, "a second picture replaces the first"
+
+
+def test_training_is_drawn(tmp_path: Path):
     rows = [{"step": i, "loss": 1 / i, "accuracy": 0.5} for i in range(1, 9)]
-    assert_picture(training_curve(rows, tmp_path / "new" / "training", title="t")[0])
+    png, svg = training_curve(rows, tmp_path / "training", title="t")
+    assert all(inked(png, colour) > 100 for colour in COLOURS[:2]) and "training loss" in svg.read_text()
+
+
+def test_names_of_pictures(tmp_path: Path):
+    for given, stem in (("a", "a"), ("a.png", "a"), ("a.svg", "a"), ("lr0.5", "lr0.5"), ("a.pdf", "a.pdf")):
+        written = accuracy_by_length({"x": [[(3, 1.0)]]}, tmp_path / given, title="t")
+        assert [path.name for path in written] == [f"{stem}.png", f"{stem}.svg"]
+    with pytest.raises(UsageError, match="'.' is no name for a picture"):
+        accuracy_by_length({"x": [[(3, 1.0)]]}, Path("."), title="t")
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -231,94 +251,95 @@ def tiny_settings(seed: int) -> Settings:
     return Settings(task="S3", model=model, train_length=(4, 4), steps=6, batch_size=4, seed=seed, log_every=1)
 
 
-CELLS = [
-    Cell(
-        name="S3-small", settings=tiny_settings, length=8, measure="sequence_accuracy", sequences=16, best=0.5, says="x"
-    ),
-    Cell(name="S3-other", settings=tiny_settings, length=8, measure="sequence_accuracy", sequences=16),
-]
+SMALL = Cell(
+    name="S3-small", settings=tiny_settings, length=8, measure="sequence_accuracy", sequences=16, best=0.5, says="x"
+)
+CELLS = [SMALL, replace(SMALL, name="S3-other", best=None, says="")]
+
+
+class Reproduction:
+    """Reproduce a table made of CELLS; `steps` lists the steps taken, and Ctrl-C comes after `stop_after` of them."""
+
+    def __init__(self, out: Path, monkeypatch: pytest.MonkeyPatch):
+        self.out, self.cells, self.stop_after, self.steps = out, CELLS, -1, []
+        monkeypatch.setattr(tables, "train", self.train)
+        monkeypatch.setattr(tables, "import_module", lambda _: SimpleNamespace(cells=lambda _: self.cells))
+
+    def train(self, settings: Settings, path: Path, *, resume: bool, report: Report) -> Model:
+        def counted(row: dict[str, Any]) -> None:
+            report(row)
+            self.steps.append(row["step"])
+            if len(self.steps) == self.stop_after:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return train(settings, path, resume=resume, report=counted)
+
+    def __call__(self, **changes: Any) -> list[int]:
+        self.steps = []
+        options = {"cells": (), "seeds": (0, 1), "quick": False, "list_only": False, "device": "cpu", "out": self.out}
+        tables.reproduce("p2-groups", **{**options, **changes})
+        return self.steps
 
 
 @pytest.fixture
-def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A table of two cells; call it to reproduce it, with changes; it counts the trainings that took steps."""
-    steps: list[int] = []
-
-    def counting(settings: Settings, path: Path, **options: Any) -> Model:
-        report = options.pop("report")
-
-        def both(row: dict[str, Any]) -> None:
-            steps.append(row["step"])
-            report(row)
-            if len(steps) == run.stop_after:
-                raise Interrupted(2, row["step"], path)
-
-        return train(settings, path, report=both, **options)
-
-    def run(**changes: Any) -> list[int]:
-        steps.clear()
-        options = {"cells": (), "seeds": (0, 1), "quick": False, "list_only": False, "device": "cpu", "out": tmp_path}
-        tables.reproduce("p2-groups", **{**options, **changes})
-        return list(steps)
-
-    run.stop_after = -1  # pyright: ignore[reportFunctionMemberAccess]
-    monkeypatch.setattr(tables, "train", counting)
-    monkeypatch.setattr(tables, "import_module", recipe_of(*CELLS))
-    return run
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reproduction:
+    return Reproduction(tmp_path, monkeypatch)
 
 
-def test_reproduce_runs_then_skips(table: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_reproduce_runs_then_skips(table: Reproduction, capsys: pytest.CaptureFixture[str]):
     assert table() == [1, 2, 3, 4, 5, 6] * 4
-    folder = tmp_path / "p2-groups"
+    folder = table.out / "p2-groups"
     results = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert [(r["cell"], r["seed"]) for r in results] == [(c.name, seed) for c in CELLS for seed in (0, 1)]
     assert all(r["length"] == 8 and r["sequences"] == 16 and "sequence_accuracy" in r for r in results)
     text = (folder / "table.md").read_text()
-    lines = [
-        [word.strip() for word in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
-    ]
-    row = dict(zip(lines[0], lines[2], strict=True))
+    assert text.startswith("The paper's settings.") and "S3-other" in text
+    header, _, first, *_ = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    row = {name.strip(): value.strip() for name, value in zip(header, first, strict=True)}
     values = sorted(r["sequence_accuracy"] for r in results[:2])
     assert row["cell"] == "S3-small" and row["measure"] == "sequence accuracy at 8" and row["seeds"] == "2"
     assert [float(row[k]) for k in ("worst", "best")] == [round(v, 3) for v in values]
     assert row["paper's best"] == "0.500" and row["paper's median"] == "" and row["paper says"] == "x"
-    assert text.startswith("The paper's settings.") and "S3-other" in text
-    assert "S3-small" in capsys.readouterr().out
+    printed = capsys.readouterr().out.split()
+    assert {"S3-small", "S3-other", "0.500"} <= set(printed), "names are whole at 80 columns"
     assert table() == []
     assert (folder / "table.md").read_text() == text
 
 
-def test_reproduce_resumes_what_was_interrupted(table: Any, tmp_path: Path):
-    table.stop_after = 9
+def test_reproduce_resumes_what_was_interrupted(table: Reproduction):
+    table.stop_after = 9  # in the second run's third step
     with pytest.raises(Interrupted):
         table(cells=["small"])
-    done = tmp_path / "p2-groups" / "S3-small"
+    done = table.out / "p2-groups" / "S3-small"
     assert (done / "seed0" / "result.json").exists() and not (done / "seed1" / "result.json").exists()
-    table.stop_after = -1
-    table(cells=["small"])
-    train(tiny_settings(1), tmp_path / "whole")
-    whole, resumed = (Run(p).load_weights() for p in (tmp_path / "whole", done / "seed1"))
+    assert table(cells=["small"]) == [5, 6]
+    train(tiny_settings(1), table.out / "whole")
+    whole, resumed = (Run(p).load_weights() for p in (table.out / "whole", done / "seed1"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert not (tmp_path / "p2-groups" / "S3-other").exists()
+    assert not (table.out / "p2-groups" / "S3-other").exists()
 
 
-def test_reproduce_keeps_quick_apart_and_says_so(table: Any, tmp_path: Path):
+def test_reproduce_keeps_quick_apart_and_says_so(table: Reproduction):
     table(cells=["small"], seeds=(0,), quick=True)
-    assert "NOT the paper's" in (tmp_path / "p2-groups-quick" / "table.md").read_text()
-    assert not (tmp_path / "p2-groups").exists()
+    assert "NOT the paper's" in (table.out / "p2-groups-quick" / "table.md").read_text()
+    assert not (table.out / "p2-groups").exists()
 
 
-def test_reproduce_refuses(table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_reproduce_refuses(table: Reproduction):
     for changes, message in (({"cells": ("zzz",)}, "contains zzz"), ({"seeds": ()}, "at least one seed")):
         with pytest.raises(UsageError, match=message):
             table(**changes)
-    assert table(list_only=True) == [] and list(tmp_path.iterdir()) == []
+    assert list(table.out.iterdir()) == []
     table(cells=["small"], seeds=(0,))
-    changed = replace(SMALL, settings=lambda seed: replace(tiny_settings(seed), lr=0.5))
-    monkeypatch.setattr(tables, "import_module", recipe_of(changed))
+    table.cells = [replace(SMALL, settings=lambda seed: replace(tiny_settings(seed), lr=0.5))]
     with pytest.raises(UsageError, match="was made with other settings"):
         table(cells=["small"], seeds=(0,))
 
 
-def test_every_table_has_a_recipe():
-    assert set(TABLES) == {"p1-chomsky", "p1-s5", "p2-groups"}
+@pytest.mark.parametrize("name", TABLES)
+def test_every_cell_of_a_table_is_listed(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The list is for copying names to --cells, so none may be cut, however narrow the terminal."""
+    tables.reproduce(name, cells=(), seeds=(0,), quick=False, list_only=True, device="cpu", out=tmp_path)
+    shown = capsys.readouterr().out.split()
+    assert [cell.name for cell in import_module(TABLES[name]).cells(False) if cell.name not in shown] == []
+    assert list(tmp_path.iterdir()) == []
