@@ -29,6 +29,7 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 T = TypeVar("T")
 Unset = Annotated[T, tyro.conf.arg(help_behavior_hint="")]  # the help text says the default itself
+Device = Annotated[str, tyro.conf.arg(metavar="NAME")]
 RunPaths = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN ...", help_behavior_hint="")]
 
 
@@ -59,11 +60,13 @@ class TrainArguments:
     """Householder factors per token; default 1 for the deltanets, 2 for the deltaproducts"""
     conv: Unset[int | None] = None
     """window of the short convolution, 0 for none; default 4"""
+    beta_std: Unset[float | None] = None
+    """spread of the logits of a DeltaNet's beta at the start; default about 0.2, 2 to 4 helps small models begin"""
     state_size: Unset[int | None] = None
     """Mamba's states per channel; default 16"""
     mlp_dim: Unset[int | None] = None
     """hidden width of the SwiGLU, 0 for none; default 8/3 of dim rounded up to 256"""
-    train_length: tuple[int, int] = (3, 40)
+    train_length: Annotated[tuple[int, int], tyro.conf.arg(metavar="LO HI")] = (3, 40)
     """shortest and longest training sequence"""
     steps: int = 2000
     """optimiser steps"""
@@ -77,7 +80,7 @@ class TrainArguments:
     """largest gradient norm, 0 for no clipping"""
     seed: int = 0
     """of the initial weights and of the data"""
-    device: str = "auto"
+    device: Device = "auto"
     """cpu, cuda, or auto: a GPU where there is one"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 is autocast; auto: bfloat16 on a GPU, float32 elsewhere"""
@@ -106,7 +109,7 @@ class EvaluateArguments:
     """sequences at once"""
     seed: int = 1_000_003
     """of the sequences"""
-    device: str = "auto"
+    device: Device = "auto"
     """cpu, cuda, or auto: a GPU where there is one"""
 
 
@@ -134,13 +137,13 @@ class ReproduceArguments:
     """p1: arXiv 2411.12537 (Table 3, Figure 4); p2: arXiv 2502.10297 (Figure 5)"""
     cells: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = ()
     """names, or parts of names, of the cells to run; default all"""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="SEED ...")] = (0, 1, 2)
     """one run per cell and seed"""
     quick: bool = False
     """a small setting of ours, minutes instead of hours; the table says so"""
     list: bool = False
     """print the cells and their cost, run nothing"""
-    device: str = "auto"
+    device: Device = "auto"
     """cpu, cuda, or auto: a GPU where there is one"""
     out: Path = Path("runs/reproduce")
     """where the runs and tables go"""
@@ -177,6 +180,15 @@ Arguments = (
     | Annotated[DemoArguments, tyro.conf.subcommand("demo")]
     | Annotated[TasksArguments, tyro.conf.subcommand("tasks")]
 )
+VERBS = {
+    TrainArguments: "train",
+    EvaluateArguments: "evaluate",
+    PlotArguments: "plot",
+    ReproduceArguments: "reproduce",
+    DemoArguments: "demo",
+    TasksArguments: "tasks",
+}
+"""The function in `statetrack.verbs` that does what the arguments say."""
 
 
 class _Terminated(KeyboardInterrupt):
@@ -190,19 +202,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"statetrack {statetrack.__version__}")
         return
     parsed = parse(words)
-    verbs = {
-        TrainArguments: "train",
-        EvaluateArguments: "evaluate",
-        PlotArguments: "plot",
-        ReproduceArguments: "reproduce",
-        DemoArguments: "demo",
-        TasksArguments: "tasks",
-    }
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         from statetrack import verbs as implementation
 
-        getattr(implementation, verbs[type(parsed)])(parsed)
+        getattr(implementation, VERBS[type(parsed)])(parsed)
     except (UsageError, OSError) as error:
         _fail(str(error), 2)
     except _Terminated:
@@ -210,10 +214,11 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         _fail("stopped", 130)
     except Exception as error:
-        signum = getattr(error, "signum", None)
-        if signum is None:
+        if signum := getattr(error, "signum", None):
+            _fail(str(error), 128 + signum)
+        if not _out_of_memory(error):
             raise
-        _fail(str(error), 128 + signum)
+        _fail(f"not enough memory: {str(error).splitlines()[0]}; try a smaller --batch-size or a shorter length", 2)
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -237,15 +242,29 @@ def parse(words: list[str]) -> Any:
             )
     except SystemExit as stop:
         if stop.code:
-            _fail(_unboxed(printed.getvalue()), 2)
+            verb = f" {words[0]}" if words and words[0] in VERBS.values() else ""
+            _fail(f"{_unboxed(printed.getvalue())}; see statetrack{verb} --help", 2)
         raise
 
 
 def _unboxed(text: str) -> str:
-    """Return the sentences of tyro's error box on one line."""
-    inside = [line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if line.startswith("│")]
-    blocks = re.split(r" *─+ *", " ".join(inside))
-    return "; ".join(re.sub(" +", " ", block).strip().rstrip(".") for block in blocks) or text.strip()
+    """Return the sentences of tyro's error box on one line, without its title and what repeats the help.
+
+    Where stdout is not UTF-8, the box is a title and rules of hyphens.
+    """
+    lines = re.sub(r"\x1b\[[0-9;]*m|\[/?bold\]", "", text).splitlines()
+    inside = "\n".join(line.strip("│ ") for line in lines if not line.startswith(("╭", "╰")))
+    blocks = [" ".join(block.split()).rstrip(".") for block in re.split(r"^[─-]{5,}$", inside, flags=re.MULTILINE)]
+    said = blocks if "╭" in text else blocks[1:]
+    return "; ".join(block for block in said if not block.startswith(("For full helptext", "Argument helptext")))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Return whether Python, torch on a CPU or torch on a GPU could not get the memory it asked for."""
+    text = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("allocate memory" in text or "out of memory" in text)
+    )
 
 
 def _terminate(_signum: int, _frame: Any) -> None:

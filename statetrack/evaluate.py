@@ -42,6 +42,8 @@ def evaluate(
     for name, value in (("sequences", sequences), ("batch_size", batch_size)):
         if value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}")
+    if not 0 <= seed < 1 << 63:
+        raise UsageError(f"seed must be at least 0 and below 2**63, got {seed}")
     check_length(model.config, task, length)
     tokens = task.tokens(length)
     device = next(model.parameters()).device

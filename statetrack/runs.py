@@ -84,7 +84,7 @@ class Run:
 
     @contextlib.contextmanager
     def opened(self, config: dict[str, Any], resume: bool, force: bool) -> Iterator[bool]:
-        """Hold the directory for this process and make it ready; yield whether there is a run to resume.
+        """Hold the directory for this process and clear it for `start`; yield whether there is a run to resume.
 
         Raises UsageError where a run exists and neither resume nor force was given, the resumed one has other settings,
         the directory holds something else, or another process holds it. The hold ends with the process.
@@ -101,9 +101,13 @@ class Run:
                 entry.unlink()
             if exists and force:
                 for name in OURS:
-                    (self.path / name).unlink(missing_ok=True)
-            write_json(self.path / CONFIG, config)
+                    if name != CONFIG:  # it says to the end that this is a run
+                        (self.path / name).unlink(missing_ok=True)
             yield exists and resume and (self.path / CHECKPOINT).exists()
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Write what makes the directory a run: from here on it can be resumed."""
+        write_json(self.path / CONFIG, config)
 
     def _temporaries(self) -> list[Path]:
         return [entry for entry in self.path.glob(".*.tmp") if entry.name.startswith(tuple(f".{o}." for o in OURS))]
@@ -176,9 +180,12 @@ class Run:
         if not path.exists():
             return []
         try:
-            return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         except (ValueError, OSError) as error:
             raise UsageError(f"{path} cannot be read: {first_line(error)}") from None
+        if not all(isinstance(row, dict) and "step" in row for row in rows):
+            raise UsageError(f"{path} holds lines that are no metrics; start again with --force")
+        return rows
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines after `step`: those an interrupted run logged after its last checkpoint."""

@@ -43,6 +43,8 @@ class Settings:
     """share of the steps over which the learning rate rises"""
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    """added to the square root of Adam's second moment; a large one lets a run rest once its loss is near 0"""
     clip: float = 1.0
     """largest gradient norm; 0 for no clipping"""
     seed: int = 0
@@ -64,6 +66,8 @@ class Settings:
         if not (0 <= self.weight_decay < math.inf and self.clip >= 0):
             given = f"got {self.weight_decay} and {self.clip}"
             raise UsageError(f"weight_decay and clip must be at least 0, weight_decay finite; {given}")
+        if not (0 < self.eps < math.inf and all(0 <= beta < 1 for beta in self.betas)):
+            raise UsageError(f"betas must lie in [0, 1) and eps be positive, got {self.betas} and {self.eps}")
         if not 0 <= self.seed < 1 << 63:
             raise UsageError(f"seed must be at least 0 and below 2**63, got {self.seed}")
         if self.precision not in ("auto", "float32", "bfloat16"):
@@ -79,7 +83,9 @@ class Settings:
         try:
             pairs = {name: tuple(data[name]) for name in ("train_length", "betas")}
             return cls(**{**data, **pairs, "model": Config.from_dict(data["model"])})
-        except (KeyError, TypeError, AttributeError) as error:
+        except UsageError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UsageError(f"not the settings of a run: {type(error).__name__} {error}") from None
 
 
@@ -131,7 +137,7 @@ def optimizer_for(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
     for p in model.parameters():
         (free if p.ndim < 2 or getattr(p, "_no_weight_decay", False) else decayed).append(p)
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -226,9 +232,11 @@ def train(
             trainer.load_state(run.load_checkpoint())
             if trainer.step > settings.steps:
                 raise UsageError(f"{path} is at step {trainer.step} already, beyond steps={settings.steps}")
-        else:
+            run.cut_metrics(trainer.step)
+        run.start(config)
+        if not resumed:
+            run.cut_metrics(0)
             run.save_checkpoint(trainer.state())
-        run.cut_metrics(trainer.step)
         if trainer.step < settings.steps:
             for stale in (WEIGHTS, EVALUATION):
                 (path / stale).unlink(missing_ok=True)

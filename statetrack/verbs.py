@@ -77,6 +77,7 @@ def model_config(a: TrainArguments, task: Task) -> Config:
         "head_dim": a.head_dim,
         "factors": a.factors,
         "conv_size": a.conv,
+        "beta_std": a.beta_std,
         "state_size": a.state_size,
     }
     given = {option: value for option, value in asked.items() if value is not None}
@@ -125,13 +126,12 @@ MEASURES = ("accuracy", "scaled_accuracy", "sequence_accuracy")
 def _evaluate_run(path: Path, lengths: list[Length], a: EvaluateArguments, bars: Bars) -> Iterator[dict[str, Any]]:
     """Yield the numbers at every length; each is kept in evaluation.json as soon as it is there."""
     from statetrack.evaluate import evaluate as measure
-    from statetrack.runs import EVALUATION, WEIGHTS, read_json, write_json
+    from statetrack.runs import EVALUATION, WEIGHTS, write_json
 
     settings, model = load_run(path, a.device)
     if not (path / WEIGHTS).exists():
         bars.console.print(f"{path} is not trained to its end: this is its last checkpoint", soft_wrap=True)
-    stored = path / EVALUATION
-    kept = {_shown_length(row["length"]): row for row in (read_json(stored) if stored.exists() else [])}
+    kept = {_shown_length(row["length"]): row for row in _evaluations(path)}
     for length in lengths:
         name = f"{path.name} at {_shown_length(length)}"
         row = measure(
@@ -144,8 +144,21 @@ def _evaluate_run(path: Path, lengths: list[Length], a: EvaluateArguments, bars:
             report=lambda share, name=name: bars.update(name, 100 * share, 100, "%"),
         )
         kept[_shown_length(length)] = row
-        write_json(stored, list(kept.values()))
+        write_json(path / EVALUATION, list(kept.values()))
         yield row
+
+
+def _evaluations(path: Path) -> list[dict[str, Any]]:
+    """Return what earlier evaluations of a run found."""
+    from statetrack.runs import EVALUATION, read_json
+
+    stored = path / EVALUATION
+    rows = read_json(stored) if stored.exists() else []
+    if not isinstance(rows, list) or not all(
+        isinstance(r, dict) and {"length", "scaled_accuracy"} <= r.keys() for r in rows
+    ):
+        raise UsageError(f"{stored} is not an evaluation; delete it and evaluate the run again")
+    return rows
 
 
 def _sequences(length: int | tuple[int, int]) -> int:
@@ -165,7 +178,6 @@ def _say(line: str) -> None:
 def plot(a: PlotArguments) -> None:
     """Draw accuracy against length, one line per configuration."""
     from statetrack.plots import accuracy_by_length
-    from statetrack.runs import EVALUATION, read_json
 
     if not a.runs:
         raise UsageError("name at least one run directory")
@@ -173,9 +185,10 @@ def plot(a: PlotArguments) -> None:
     measures = set()
     for path in a.runs:
         settings = load_settings(path)
-        if not (path / EVALUATION).exists():
-            raise UsageError(f"{path} has not been evaluated; first: statetrack evaluate {path}")
-        measure, curve = _curve(read_json(path / EVALUATION))
+        rows = _evaluations(path)
+        if not rows:
+            raise UsageError(f"{path} has not been evaluated; first: statetrack evaluate {shlex.quote(str(path))}")
+        measure, curve = _curve(rows)
         if not curve:
             raise UsageError(
                 f"{path} was evaluated on ranges of lengths only; give single lengths, e.g. --lengths 40 256"
