@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import jaxtyping
 import pytest
 import torch
+from beartype import BeartypeConf, beartype
 from hypothesis import settings
 
 if not torch.cuda.is_available():
@@ -26,7 +27,8 @@ class AsWritten(PathFinder):
         return super().find_spec(fullname, path, target) if kernels else None
 
 
-jaxtyping.install_import_hook("statetrack", "beartype.beartype")
+check_types = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int will do for a float
+jaxtyping.install_import_hook("statetrack", "tests.conftest.check_types")
 sys.meta_path.insert(0, AsWritten)
 settings.register_profile("statetrack", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("statetrack")

@@ -148,7 +148,7 @@ def test_spectrum_of_mamba_reaches_both_ends_of_its_range(eigenvalues):
 OTHER = {
     "dim": 32, "heads": 1, "head_dim": 12, "factors": 2, "gate": True, "conv_size": 3, "output_gate": True,
     "eigenvalues": (-0.5, 0.5), "norm_eps": 0.1, "backend": "reference", "state_size": 3, "expand": 3, "rank": 3,
-    "rotary_base": 100.0, "dt_range": (0.5, 0.9),
+    "rotary_base": 100.0, "dt_range": (0.5, 0.9), "beta_std": 2.0,
 }  # fmt: skip
 OPTIONS = [(cls, f.name) for cls in MIXERS.values() for f in dataclasses.fields(cls)]
 
@@ -173,6 +173,7 @@ BAD = [
     (DeltaProductConfig(dim=16, heads=0), "heads must be a whole number of at least 1, got 0"),
     (DeltaProductConfig(dim=16, factors=0), "factors must be"),
     (DeltaProductConfig(dim=16, conv_size=-1), "conv_size must be 0"),
+    (DeltaProductConfig(dim=16, beta_std=0.0), "beta_std must be positive"),
     (DeltaProductConfig(dim=16, eigenvalues=(-2.0, 1.0)), "eigenvalues must be"),
     (MambaConfig(dim=16, eigenvalues=(1.0, 1.0)), "eigenvalues must be"),
     (MambaConfig(dim=16, state_size=0), "state_size must be"),
