@@ -21,7 +21,7 @@ from recipes.demo import demo_settings
 from statetrack import evaluate as evaluation
 from statetrack import reproduce as tables
 from statetrack.errors import UsageError
-from statetrack.evaluate import LONGEST_ATTENTION, Length, evaluate, parse_lengths
+from statetrack.evaluate import Length, evaluate, parse_lengths
 from statetrack.layers import AttentionConfig, DeltaProductConfig, LSTMConfig, MambaConfig, MixerConfig
 from statetrack.model import Config, Model
 from statetrack.plots import COLOURS, accuracy_by_length, training_curve
@@ -140,12 +140,15 @@ def test_twenty_thousand_tokens_in_pieces():
     assert largest <= evaluation.TOKENS_AT_ONCE < 8 * 20_000
 
 
-def test_attention_is_refused_beyond_its_limit():
+def test_attention_is_refused_beyond_its_limit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(evaluation, "LONGEST_ATTENTION", 20)
     task = get_task("parity")
     hybrid = Config(vocab_size=3, num_outputs=3, mixers=(DELTA, AttentionConfig(dim=16, heads=2))).build()
     for model in (hybrid, model_for(task, AttentionConfig(dim=16, heads=2))):
-        with pytest.raises(UsageError, match=f"up to {LONGEST_ATTENTION} are accepted, got 99999"):
-            evaluate(model, task, 100_000)
+        evaluate(model, task, 21, sequences=2)  # 20 tokens: the last letter is asked, not read
+        with pytest.raises(UsageError, match="up to 20 are accepted, got 29"):
+            evaluate(model, task, 30)
+    assert evaluate(model_for(task), task, 30, sequences=2)["length"] == 30
 
 
 @pytest.mark.parametrize(
@@ -170,19 +173,21 @@ def test_lengths_as_written():
             parse_lengths([word])
 
 
-def inked(png: Path, colour: str) -> int:
-    """Count the pixels of a colour, to within the picture's 8 bits."""
-    return int((np.abs(imread(png)[..., :3] - to_rgb(colour)) < 2 / 255).all(-1).sum())
+def inked(png: Path, colour: str, opacity: float = 1.0) -> int:
+    """Count the pixels of a colour on white, to within the picture's 8 bits."""
+    expected = 1 - opacity * (1 - np.array(to_rgb(colour)))
+    return int((np.abs(imread(png)[..., :3] - expected) < 2 / 255).all(-1).sum())
 
 
 def test_accuracy_is_drawn(tmp_path: Path):
     one, two = [(3, 1.0), (8, 0.5)], [(3, 0.0), (8, 1.0), (16, 1.0)]
     both = {"both [-1,1]": [one, two], "alone": [two]}
-    png, svg = accuracy_by_length(both, tmp_path / "new" / "accuracy", title="a title", trained=(3, 8))
+    png, svg = accuracy_by_length(both, tmp_path / "new" / "accuracy", title="a title", trained=(3, 4))
     assert (
         {path.name for path in (tmp_path / "new").iterdir()} == {"accuracy.png", "accuracy.svg"} == {png.name, svg.name}
     )
     assert all(inked(png, colour) > 100 for colour in COLOURS[:2]) and inked(png, COLOURS[2]) == 0
+    assert inked(png, COLOURS[0], opacity=0.2) > 1000, "the band from the worst seed to the best"
     assert ET.parse(svg).getroot().tag == "{http://www.w3.org/2000/svg}svg"
     for text in ("a title", "both [-1,1] (2 seeds, worst to best)", "alone", "trained up to here"):
         assert f"<!-- {text}" in svg.read_text()
