@@ -76,6 +76,8 @@ class TrainArguments:
     """largest learning rate; a tenth of the steps rises to it, the rest falls along a cosine"""
     weight_decay: float = 0.1
     """on matrices only"""
+    label_smoothing: float = 0.0
+    """share of the target spread over all outputs; 0.1 helps answers hold beyond the training lengths"""
     clip: float = 1.0
     """largest gradient norm, 0 for no clipping"""
     seed: int = 0

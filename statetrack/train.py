@@ -43,8 +43,8 @@ class Settings:
     """share of the steps over which the learning rate rises"""
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    """added to the square root of Adam's second moment; a large one lets a run rest once its loss is near 0"""
+    label_smoothing: float = 0.0
+    """share of the target spread over all outputs; above 0 the loss keeps asking for the same answer at every length"""
     clip: float = 1.0
     """largest gradient norm; 0 for no clipping"""
     seed: int = 0
@@ -63,11 +63,13 @@ class Settings:
             raise UsageError(f"learning rates must satisfy 0 <= min_lr <= lr, 0 < lr; got {self.min_lr} and {self.lr}")
         if not 0 <= self.warmup <= 1:
             raise UsageError(f"warmup must be a share of the steps between 0 and 1, got {self.warmup}")
+        if not 0 <= self.label_smoothing < 1:
+            raise UsageError(f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing}")
         if not (0 <= self.weight_decay < math.inf and self.clip >= 0):
             given = f"got {self.weight_decay} and {self.clip}"
             raise UsageError(f"weight_decay and clip must be at least 0, weight_decay finite; {given}")
-        if not (0 < self.eps < math.inf and all(0 <= beta < 1 for beta in self.betas)):
-            raise UsageError(f"betas must lie in [0, 1) and eps be positive, got {self.betas} and {self.eps}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UsageError(f"betas must lie in [0, 1), got {self.betas}")
         if not 0 <= self.seed < 1 << 63:
             raise UsageError(f"seed must be at least 0 and below 2**63, got {self.seed}")
         if self.precision not in ("auto", "float32", "bfloat16"):
@@ -137,7 +139,7 @@ def optimizer_for(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
     for p in model.parameters():
         (free if p.ndim < 2 or getattr(p, "_no_weight_decay", False) else decayed).append(p)
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -178,7 +180,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             logits, _ = self.model(inputs)
         answers = logits[asked].float()
-        loss = F.cross_entropy(answers, targets[asked])
+        loss = F.cross_entropy(answers, targets[asked], label_smoothing=s.label_smoothing)
         value = loss.item()
         if not math.isfinite(value):
             raise UsageError(f"loss is {value} at step {self.step + 1}")

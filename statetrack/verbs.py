@@ -49,6 +49,7 @@ def train(a: TrainArguments) -> None:
         lr=a.lr,
         min_lr=min(1e-6, a.lr),
         weight_decay=a.weight_decay,
+        label_smoothing=a.label_smoothing,
         clip=a.clip,
         seed=a.seed,
         device=a.device,
