@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+BENCH  := .bench-venv
 
 .PHONY: demo test lint bench-cpu clean
 
@@ -16,8 +17,8 @@ lint: $(VENV)/.installed-test     ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench-cpu: $(VENV)/.installed     ## our CPU ops beside the peers', in one run (installs the peers into .bench-venv)
-	$(BIN)/python benchmarks/ops_cpu.py
+bench-cpu: $(BENCH)/.installed    ## our CPU ops beside the peers', in one run, about ten minutes
+	$(BENCH)/bin/python benchmarks/ops_cpu.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"statetrack needs Python >= 3.11, found {v.major}.{v.minor}; set PYTHON=...")'
@@ -31,5 +32,14 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install -q -c constraints.txt -e '.[test,lint]'
 	touch $@
 
+# Of fla-core and mamba-ssm only one source file each is read, so their archives are not installed.
+$(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/peers.txt | $(VENV)/bin/python
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install -q -c constraints.txt -e . -r benchmarks/peers.txt setuptools
+	$(BENCH)/bin/pip download -q --no-deps -d $(BENCH)/peers fla-core==0.6.0
+	MAMBA_SKIP_CUDA_BUILD=TRUE $(BENCH)/bin/pip download -q --no-deps --no-build-isolation --no-binary :all: \
+		-d $(BENCH)/peers mamba-ssm==2.2.6.post3
+	touch $@
+
 clean:
-	rm -rf $(VENV) .bench-venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) build *.egg-info .pytest_cache .ruff_cache .hypothesis

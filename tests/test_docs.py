@@ -27,3 +27,11 @@ def test_python(page: str, code: str, tmp_path: Path, monkeypatch: pytest.Monkey
     printed = capsys.readouterr().out
     for text in promised:
         assert text.split(":")[0] in printed
+
+
+def test_readme_names_every_file():
+    tree = (ROOT / "README.md").read_text().split("## Files")[1].split("## Citation")[0]
+    for folder in ("statetrack", "recipes", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert path.name in tree or path.name == "__init__.py", f"{path.relative_to(ROOT)} is not in README's tree"
+            assert path.parent.name + "/" in tree, f"{path.parent.name}/ is not in README's tree"
