@@ -31,7 +31,7 @@ def demo_settings(mixer: str, eigenvalues: tuple[float, float], seed: int) -> Se
         steps=300,
         batch_size=128,
         lr=1e-2,
-        betas=(0.9, 0.99),
+        betas=(0.9, 0.95),
         weight_decay=0.01,
         label_smoothing=0.1,
         seed=seed,
