@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from statetrack.errors import UsageError
 from statetrack.runs import write_atomically
@@ -46,12 +47,15 @@ def accuracy_by_length(
         mean = [sum(column) / len(column) for column in zip(*rows, strict=True)]
         colour, dash = COLOURS[i % len(COLOURS)], DASHES[(i // len(COLOURS) + i) % len(DASHES)]
         label = name if len(seeds) == 1 else f"{name} ({len(seeds)} seeds, worst to best)"
-        axes.plot(shared, mean, dash, color=colour, label=label, marker="o" if len(shared) < 25 else None, markersize=3)
+        width = max(1.2, 4.0 - i)  # the first lines are wide, so that lines that coincide all show
+        marker = "o" if len(shared) < 25 else None
+        axes.plot(shared, mean, dash, color=colour, label=label, linewidth=width, marker=marker, markersize=width + 2)
         if len(seeds) > 1:
             worst, best = [min(c) for c in zip(*rows, strict=True)], [max(c) for c in zip(*rows, strict=True)]
             axes.fill_between(shared, worst, best, color=colour, alpha=0.2, linewidth=0)
     if lengths and min(lengths) > 0 and max(lengths) / min(lengths) > 50:
-        axes.set_xscale("log")
+        axes.set_xscale("log", base=2 if max(lengths) < 1000 * min(lengths) else 10)
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set(xlabel="sequence length", ylabel=measure, title=title, ylim=(-0.1, 1.15))
     axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)

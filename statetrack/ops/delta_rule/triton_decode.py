@@ -41,9 +41,11 @@ def step(
         wide = kj.to(tl.float64)
         squared = tl.sum(wide * wide, 0)
         squared = tl.where(squared == 0.0, 1.0, squared)
-        w = (tl.load(beta + (b * N + j) * HV + h).to(tl.float64) / squared).to(tl.float32)
-        read = tl.sum(kj[:, None] * S, 0)
-        S += kj[:, None] * (w * (tl.sqrt(squared.to(tl.float32)) * vj - read))[None, :]
+        both = tl.load(beta + (b * N + j) * HV + h).to(tl.float64) / squared
+        w = both.to(tl.float32)
+        w_lo = (both - w.to(tl.float64)).to(tl.float32)  # it would add up: the same whenever a key recurs
+        left = tl.sqrt(squared.to(tl.float32)) * vj - tl.sum(kj[:, None] * S, 0)
+        S += kj[:, None] * (w * left + w_lo * left)[None, :]
     qt = tl.load(q + (b * HK + hk) * K + d, mask=in_k, other=0.0).to(tl.float32)
     out = tl.sum(qt[:, None] * S, 0) * scale
     tl.store(o + bh * V + e, out.to(o.dtype.element_ty), mask=in_v)
