@@ -1,4 +1,4 @@
-"""The peers that `ops_cpu.py` measures, behind the signatures of `statetrack.ops`.
+"""What `ops_cpu.py` measures: its inputs, our ops, and the peers behind the signatures of ours.
 
 fla-core       `naive_chunk_gated_delta_rule`, its one file alone: importing the package needs Triton and a GPU, and
                transformers computes otherwise where fla is installed
@@ -16,17 +16,56 @@ import ast
 import tarfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from statetrack.ops import delta_rule, selective_scan
 
 Op = Callable[..., Tensor]
 """From an op's tensors, by name, to its output."""
 
 FLA = "fla_core-*.whl", "fla/ops/gated_delta_rule/naive.py"
 MAMBA_SSM = "mamba_ssm-*.tar.gz", "mamba_ssm/ops/selective_scan_interface.py"
+
+
+def delta_inputs(B: int, T: int, H: int, K: int) -> dict[str, Tensor]:
+    """Draw unit queries and keys, normal values, beta in [0, 2] and a decay near 1, all asking for gradients."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(*shape, generator=g) for shape in ((B, T, H, K), (B, T, 1, H, K), (B, T, 1, H, K)))
+    x = {"q": F.normalize(q, dim=-1), "k": F.normalize(k, dim=-1), "v": v}
+    x |= {"beta": 2 * torch.rand(B, T, 1, H, generator=g), "log_decay": -0.05 * torch.rand(B, T, H, generator=g)}
+    return {name: t.requires_grad_() for name, t in x.items()}
+
+
+def scan_inputs(B: int, T: int, D: int, M: int) -> dict[str, Tensor]:
+    """Draw the arguments of a selective scan with Mamba's A = -(1..M)."""
+    g = torch.Generator().manual_seed(0)
+    normal = partial(torch.randn, generator=g)
+    x = {"u": normal(B, T, D), "dt": F.softplus(normal(B, T, D) - 4), "A": -torch.arange(1.0, M + 1).repeat(D, 1)}
+    x |= {"B": normal(B, T, M), "C": normal(B, T, M), "D": normal(D)}
+    return {name: t.requires_grad_() for name, t in x.items()}
+
+
+def delta_rule_ours(**x: Any) -> Tensor:
+    """Apply our delta rule."""
+    return delta_rule(**x, backend="chunk")[0]
+
+
+def selective_scan_ours(eigenvalues: tuple[float, float] = (-1.0, 1.0), **x: Any) -> Tensor:
+    """Apply our selective scan."""
+    return selective_scan(**x, eigenvalues=eigenvalues, backend="chunk")[0]
+
+
+def implementations(op: str, archives: Path) -> dict[str, Op]:
+    """Return ours first, then the peers; the scan with eigenvalues in [0, 1], which is all that its peers know."""
+    if op == "delta":
+        return {"statetrack": delta_rule_ours, **delta_peers(archives)}
+    return {"statetrack": partial(selective_scan_ours, (0.0, 1.0)), **scan_peers(archives)}
 
 
 def delta_peers(archives: Path) -> dict[str, Op]:
@@ -79,6 +118,6 @@ def _function(source: str, wanted: str) -> Any:
 
     module = ast.parse(source)
     module.body = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == wanted]
-    names: dict[str, Any] = {"torch": torch, "F": torch.nn.functional, "rearrange": rearrange, "repeat": repeat}
+    names: dict[str, Any] = {"torch": torch, "F": F, "rearrange": rearrange, "repeat": repeat}
     exec(compile(module, wanted, "exec"), names)
     return names[wanted]

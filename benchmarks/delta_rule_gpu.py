@@ -17,6 +17,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
+from tables import Rows, table
 
 from statetrack.ops import delta_rule
 
@@ -109,7 +110,7 @@ def device_ms(fn) -> float:
     return start.elapsed_time(end) / REPEATS
 
 
-def compare(shape, peers: bool) -> list[dict]:
+def compare(shape, peers: bool) -> Rows:
     """Time every implementation on one shape, taking turns."""
     x = inputs(*shape)
     d_out = torch.randn(*x[0].shape, device="cuda").bfloat16()
@@ -153,7 +154,7 @@ def compare(shape, peers: bool) -> list[dict]:
     return [{"implementation": name} | row for name, row in rows.items()]
 
 
-def tracking(lengths, peers: bool, dtype=torch.bfloat16, H=2, D=128) -> list[dict]:
+def tracking(lengths, peers: bool, dtype=torch.bfloat16, H=2, D=128) -> Rows:
     """Measure the state's error after reflections along 8 directions, one write at the start, against float64."""
     torch.manual_seed(0)
     T = max(lengths)
@@ -199,19 +200,6 @@ def _reflect(directions, index, v, lengths) -> dict:
             state, t = block[:, 0] @ state, stop
         out[n] = state.clone()
     return out
-
-
-def show(x) -> str:
-    """Format a cell: three significant digits of a number."""
-    return str(x) if not isinstance(x, float) else f"{x:.3g}" if abs(x) < 100 else f"{x:.0f}"
-
-
-def table(title: str, rows: list[dict]) -> str:
-    """Format rows as a markdown table."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [f"### {title}", "", "| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys)]
-    lines += ["| " + " | ".join(show(row.get(key, "")) for key in keys) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
