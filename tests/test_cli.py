@@ -122,7 +122,8 @@ def shown_commands() -> list[str]:
     """Return every command that help, README and guide show."""
     opening = [(arguments.__doc__ or "").splitlines()[0] for arguments in cli.VERBS]
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    return opening + [c for page in pages for c in re.findall(r"^(?:    |\$ )(statetrack .*)$", page.read_text(), re.M)]
+    joined = [re.sub(r"\\\n *", "", page.read_text()) for page in pages]  # a backslash carries on with the next line
+    return opening + [c for text in joined for c in re.findall(r"^(?:    |\$ )(statetrack .*)$", text, re.M)]
 
 
 @pytest.mark.parametrize("line", shown_commands())
