@@ -41,7 +41,10 @@ def draws(g: torch.Generator) -> tuple[Callable[..., Tensor], Callable[..., Tens
 def delta_inputs(
     H: int = 2, Hk: int | None = None, N: int = 1, K: int = 5, V: int = 4, decay: str = "", hard: bool = False
 ) -> Make:
-    """Draw arguments of `delta_rule`; hard: beta at both ends and 0 length keys, 3 key directions, many resets."""
+    """Draw arguments of `delta_rule`; hard: beta at both ends and 0 length keys, 3 key directions, many resets.
+
+    decay: one per "head" or "key" channel, with some resets, or "mild-head", "mild-key": near 1.
+    """
 
     def make(g: torch.Generator, B: int, T: int) -> dict[str, Any]:
         normal, uniform = draws(g)
@@ -55,9 +58,12 @@ def delta_inputs(
                 torch.randint(0, 3, (B, T, N, H), generator=g)
             ]
         if decay:
-            shape = (B, T, H) if decay == "head" else (B, T, H, K)
+            shape = (B, T, H) if decay.endswith("head") else (B, T, H, K)
             x["log_decay"] = -uniform(*shape)
-            x["log_decay"][uniform(*shape) < (0.2 if hard else 0.03)] = -torch.inf
+            if decay.startswith("mild"):
+                x["log_decay"] /= 10
+            else:
+                x["log_decay"][uniform(*shape) < (0.2 if hard else 0.03)] = -torch.inf
         x["initial_state"] = normal(B, H, K, V)
         return x
 
@@ -84,6 +90,8 @@ OPS = [
     OpCase("delta-3-factors", delta_rule, delta_inputs(N=3), DELTA),
     OpCase("delta-head-decay", delta_rule, delta_inputs(decay="head"), DELTA),
     OpCase("delta-key-decay", delta_rule, delta_inputs(K=20, decay="key"), DELTA),
+    OpCase("delta-mild-head-decay", delta_rule, delta_inputs(decay="mild-head"), DELTA),
+    OpCase("delta-mild-key-decay", delta_rule, delta_inputs(N=2, K=20, decay="mild-key"), DELTA),
     OpCase("delta-wide", delta_rule, delta_inputs(N=2, K=20, V=12, decay="head"), DELTA),
     OpCase("delta-shared-heads", delta_rule, delta_inputs(H=4, Hk=2, N=2, decay="head"), DELTA),
     OpCase("delta-shared-heads-key-decay", delta_rule, delta_inputs(H=4, Hk=2, N=2, decay="key"), DELTA),

@@ -27,18 +27,20 @@ class Block:
     window: tuple[slice, slice] | None  # (sequences, tokens) of the batch where the block is just that
     batch: int  # sequences in all
 
-    def gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the rows of x [tokens N H D] as [R H C*N D], zero where there is no token."""
+    def gather(self, x: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Return the rows of x [tokens N H D] as [R H C*N D] (in `out` where given), zero where there is no token."""
         (R, C), (N, H, D) = self.tokens.shape, x.shape[1:]
-        out = torch.empty(R, H, C, N, D, dtype=dtype, device=x.device)
+        if out is None:
+            out = torch.empty(R, H, C * N, D, dtype=dtype, device=x.device)
+        places = out.unflatten(2, (C, N))
         if self.window is not None:
-            self._rows(out).copy_(self._view(x))
+            self._rows(places).copy_(self._view(x))
         else:
             rows = x.index_select(0, self.tokens.flatten()).unflatten(0, self.tokens.shape)
             if self.padding is not None:
                 rows[self.padding] = 0
-            out.copy_(rows.permute(0, 3, 1, 2, 4))
-        return out.view(R, H, C * N, D)
+            places.copy_(rows.permute(0, 3, 1, 2, 4))
+        return out
 
     def scatter(self, out: Tensor, rows: Tensor) -> None:
         """Write rows [R H C*N D] to their places in out [tokens N H D]."""

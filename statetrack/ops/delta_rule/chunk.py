@@ -1,15 +1,16 @@
-"""The delta rule in chunks: dense algebra inside a chunk, one matrix product per chunk across them.
+"""The delta rule in chunks: dense algebra inside a chunk, two matrix products per chunk across them.
 
 With w, n from `scaled_keys`, decay products D inside the chunk, and S the state at its start,
 
     X = (I + L diag(w))^-1,  L_ij = D_ij k_i.k_j (j < i)
-    W = X D_i0 K,  F = X n v - W S,  u_j = w_j f_j
+    F = X (n v - D_i0 K S),  u_j = w_j f_j
     o_t = D_t0 S^T q_t + sum_j D_tj (q_t.k_j) u_j,   S <- D_C0 S + sum_j D_Cj k_j u_j^T
 
 (Yang et al., arXiv 2406.06484, section 3, with unnormalised keys and N factors per token as M = C N rows.) The inverse
 is by substitution: with eigenvalues near -1 and repeated keys the powers in a Neumann series cancel catastrophically.
-The backward keeps the inverses and the states at chunk starts, and recomputes the rest block by block, so that forward
-and backward need little more memory than inputs, outputs and gradients.
+Keys and queries lie in one buffer, keys first, since both are multiplied by the same things. The backward keeps the
+inverses and the states at chunk starts, and recomputes the rest block by block, so that forward and backward need
+little more memory than inputs, outputs and gradients.
 
 Letters: B batch, T tokens, S sequences, C tokens per chunk, N factors per token, M = C N, H heads, K key dim, V value
 dim, R chunks in a block. Block tensors are [R H rows columns].
@@ -23,11 +24,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from statetrack.ops.decay import HeadDecay, KeyDecay, log_decay_grad
+from statetrack.ops.decay import HeadDecay, KeyDecay, MildDecay, decayed, log_decay_grad
 from statetrack.ops.layout import Block, Chunks
 
-CHUNK_ROWS = 64  # target for M = C N
+CHUNK_ROWS = 32  # target for M = C N
 BLOCK_BYTES = 1 << 20  # of the largest temporary: a dozen of them stay in a core's cache
+SAFE = 2.0**-60  # keys whose squared length lies between this and its inverse need no power of two: it changes nothing
 
 
 def delta_rule_chunk(
@@ -48,14 +50,14 @@ def delta_rule_chunk(
 class _Inputs:
     """One block's inputs in the compute dtype, keys scaled."""
 
-    q: Tensor  # [R H C K], times scale
-    k: Tensor  # [R H M K]
+    kq: Tensor  # [R H M+C K] keys, then queries times scale
+    k: Tensor  # [R H M K] the keys of kq
     v: Tensor  # [R H M V]
     w: Tensor  # [R H M 1]
     norm: Tensor  # [R H M 1]
     squared: Tensor  # [R H M 1]
-    power: Tensor  # [R H M 1] what the stored keys were multiplied by
-    decay: HeadDecay | KeyDecay
+    power: Tensor | None  # [R H M 1] what the stored keys were multiplied by, if not by 1
+    decay: MildDecay | HeadDecay | KeyDecay
 
 
 class _Chunked(torch.autograd.Function):
@@ -69,11 +71,11 @@ class _Chunked(torch.autograd.Function):
         saved = []
         for block in chunks.blocks():
             x = _load(block, flat, scale, initial_state.dtype)
-            inverse = _unit_lower_inverse(x.decay.scores(x.k, x.k, strict=True).mul_(x.w.mT))
-            W, F = inverse @ _times(x.k, x.decay.start_k), inverse @ (x.v * x.norm)
-            states = _run_forward(block, x, state, W, F, kw=x.k * _times(x.w, x.decay.end_k))
-            o = _times(x.q, x.decay.start_q) @ states
-            o += x.decay.scores(x.q, x.k, strict=False) @ F.mul_(x.w)
+            M = x.k.shape[2]
+            scores = x.decay.scores()
+            inverse = _unit_lower_inverse(scores[:, :, :M] * x.w.mT)
+            states, rest, u = _run_forward(block, x, state, inverse)
+            o = (scores[:, :, M:] @ u).sub_(rest[:, :, M:])
             block.scatter(out, o)
             if any(ctx.needs_input_grad):
                 saved += [inverse, states]
@@ -95,8 +97,7 @@ class _Chunked(torch.autograd.Function):
         d_out = d_out.flatten(0, 1).unsqueeze(1)
         for i, block in reversed(list(enumerate(chunks.blocks()))):
             x = _load(block, flat, ctx.scale, d_final.dtype)
-            d_o = block.gather(d_out, d_final.dtype)
-            block_grads = _block_backward(block, x, d_o, d_state, inverse=saved[2 * i], states=saved[2 * i + 1])
+            block_grads = _block_backward(block, x, d_out, d_state, inverse=saved[2 * i], states=saved[2 * i + 1])
             block_grads["q"].mul_(ctx.scale)
             for name, grad in block_grads.items():
                 groups = grad.shape[1] // grads[name].shape[2]
@@ -111,10 +112,13 @@ class _Chunked(torch.autograd.Function):
 
 
 def _cut(k: Tensor, v: Tensor, lengths: list[int], dtype: torch.dtype) -> Chunks:
+    """Cut every sequence into chunks of one length, so chosen that the longest has no padding to speak of."""
     N, H = v.shape[2], v.shape[3]
     rows = min(CHUNK_ROWS, max(16, 4 * k.shape[-1]))  # many more rows than K only cancel each other's digits
-    chunk = max(1, min(rows // N, max(lengths, default=1)))
-    row_bytes = chunk * N * H * max(k.shape[-1], v.shape[-1], chunk * N) * dtype.itemsize
+    longest = max(1, max(lengths, default=1))
+    chunk = -(-longest // -(-longest // max(1, rows // N)))
+    K, V = k.shape[-1], v.shape[-1]
+    row_bytes = H * max(chunk * (N + 1) * max(K, V, chunk * N), K * V) * dtype.itemsize
     return Chunks(lengths, chunk, max(1, BLOCK_BYTES // row_bytes), k.device)
 
 
@@ -128,121 +132,134 @@ def _flatten(q, k, v, beta, log_decay) -> dict[str, Tensor]:
 
 def _load(block: Block, flat: dict[str, Tensor], scale: float, dtype: torch.dtype) -> _Inputs:
     """Gather one block's inputs; key heads are repeated for the block only."""
-    x = {name: block.gather(t, dtype) for name, t in flat.items()}
-    q, k, v = x["q"].mul_(scale), x["k"], x["v"]
-    limit = 1000 if dtype == torch.float64 else 120
-    largest = k.abs().amax(-1, keepdim=True)
-    power = torch.exp2(-torch.frexp(largest).exponent.clamp(-limit, limit).to(dtype))
-    k = k.mul_(power)
+    (R, C), (N, Hk, K), H = block.tokens.shape, flat["k"].shape[1:], flat["v"].shape[2]
+    M = C * N
+    kq = torch.empty(R, Hk, M + C, K, dtype=dtype, device=flat["k"].device)
+    k, q = kq[:, :, :M], kq[:, :, M:]
+    block.gather(flat["k"], dtype, out=k)
+    block.gather(flat["q"], dtype, out=q).mul_(scale)
     squared = k.square().sum(-1, keepdim=True)
-    squared.masked_fill_(squared == 0, 1)
-    groups = v.shape[1] // k.shape[1]
-    if groups > 1:
-        q, k, power, squared = (t.repeat_interleave(groups, dim=1) for t in (q, k, power, squared))
-    C, N = q.shape[2], k.shape[2] // q.shape[2]
-    log_decay = x.get("log_decay")
-    if log_decay is None or log_decay.shape[-1] != q.shape[-1] or q.shape[-1] == 1:
-        decay = HeadDecay(log_decay, C, N, dtype, q.device)
-    else:
-        decay = KeyDecay(log_decay, C, N, dtype)
-    return _Inputs(q, k, v, x["beta"] / squared, squared.sqrt(), squared, power, decay)
-
-
-def _times(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x * factor
+    power = None
+    if k.numel() and not (squared.min() > SAFE and squared.max() < 1 / SAFE):
+        limit = 1000 if dtype == torch.float64 else 120
+        power = torch.exp2(-torch.frexp(k.abs().amax(-1, keepdim=True)).exponent.clamp(-limit, limit).to(dtype))
+        squared = k.mul_(power).square().sum(-1, keepdim=True)
+        squared.masked_fill_(squared == 0, 1)
+    if Hk < H:
+        kq, squared = (t.repeat_interleave(H // Hk, dim=1) for t in (kq, squared))
+        power = None if power is None else power.repeat_interleave(H // Hk, dim=1)
+    v, beta = block.gather(flat["v"], dtype), block.gather(flat["beta"], dtype)
+    log_decay = block.gather(flat["log_decay"], dtype) if "log_decay" in flat else None
+    k = kq[:, :, :M]
+    return _Inputs(kq, k, v, beta / squared, squared.sqrt(), squared, power, decayed(kq, k, log_decay))
 
 
 def _unit_lower_inverse(strict: Tensor) -> Tensor:
-    """Return (I + strict)^-1 for strictly lower triangular matrices, by substitution in two blocks."""
+    """Return (I + strict)^-1 for strictly lower triangular matrices, by substitution in blocks."""
     rows = strict.shape[-1]
-    eye = torch.eye(rows, dtype=strict.dtype, device=strict.device)
-    return torch.linalg.solve_triangular(strict, eye.expand_as(strict), upper=False, unitriangular=True)
+    if rows <= 16 or rows % 2:
+        eye = torch.eye(rows, dtype=strict.dtype, device=strict.device)
+        return torch.linalg.solve_triangular(strict, eye.expand_as(strict), upper=False, unitriangular=True)
+    first, last = slice(None, rows // 2), slice(rows // 2, None)
+    a, b = _unit_lower_inverse(torch.stack([strict[..., first, first], strict[..., last, last]]))
+    out = torch.zeros_like(strict)
+    out[..., first, first], out[..., last, last] = a, b
+    out[..., last, first] = (b @ (strict[..., last, first] @ a)).neg_()
+    return out
 
 
-def _run_forward(block: Block, x: _Inputs, state: Tensor, W: Tensor, F: Tensor, kw: Tensor) -> Tensor:
-    """Turn Y into F = Y - W S in place, chunk after chunk, and return the state at every chunk's start [R H K V].
+def _run_forward(block: Block, x: _Inputs, state: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Walk over a block's chunks; return the states at their starts [R H K V], [n v; 0] - D_i0 [k; q] S, and u.
 
     `state` holds every sequence's state before the block, and after it on return.
     """
-    states = F.new_empty(*F.shape[:2], kw.shape[-1], F.shape[-1])
+    M, (into, out) = x.k.shape[2], (x.decay.into, x.decay.out)
+    rest = x.v.new_empty(*x.kq.shape[:3], x.v.shape[3])
+    torch.mul(x.v, x.norm, out=rest[:, :, :M])
+    rest[:, :, M:] = 0
+    u = torch.empty_like(x.v)
+    states = x.v.new_empty(*x.v.shape[:2], x.k.shape[3], x.v.shape[3])
     state = state[block.sequences]
     for rows, alive in block.steps():
-        S = state[:alive]
-        states[rows] = S
-        F[rows] -= W[rows] @ S
+        S = state[:alive].flatten(0, 1)
+        states[rows] = state[:alive]
+        left = rest[rows].flatten(0, 1).baddbmm_(into[rows].flatten(0, 1), S, alpha=-1)[:, :M]
+        step = torch.mul(torch.bmm(inverse[rows].flatten(0, 1), left).view(u[rows].shape), x.w[rows], out=u[rows])
         if x.decay.total is not None:
-            S.mul_(x.decay.total[rows])
-        S += kw[rows].mT @ F[rows]
-    return states
+            state[:alive].mul_(x.decay.total[rows])
+        S.baddbmm_(out[rows].flatten(0, 1).mT, step.flatten(0, 1))
+    return states, rest, u
 
 
-def _run_backward(block: Block, x: _Inputs, d_state: Tensor, dU: Tensor, d_read: Tensor, W: Tensor) -> Tensor:
-    """Add to dU what comes through later chunks, and return the gradient to the state at every chunk's end [R H K V].
+def _run_backward(block: Block, x: _Inputs, d_state: Tensor, du: Tensor, d_rest: Tensor, inverse: Tensor) -> Tensor:
+    """Walk back over a block's chunks; return the gradient to the state at every chunk's end [R H K V].
 
-    `d_state` holds the gradient to every sequence's state after the block, and before it on return.
+    Adds to du what comes through later chunks, and writes the keys' rows of d_rest = [-X^T diag(w) du; d_o], minus the
+    gradient to `rest`. `d_state` holds the gradient to every sequence's state after the block, and before it on return.
     """
-    d_ends = torch.empty_like(d_read)
+    M, (into, out), minus_w = x.k.shape[2], (x.decay.into, x.decay.out), -x.w
+    d_ends = x.v.new_empty(*x.v.shape[:2], x.k.shape[3], x.v.shape[3])
     d_state = d_state[block.sequences]
-    end_k = _times(x.k, x.decay.end_k)
     for rows, alive in reversed(block.steps()):
-        dS = d_state[:alive]
-        d_ends[rows] = dS
-        dU[rows] += end_k[rows] @ dS
+        dS = d_state[:alive].flatten(0, 1)
+        d_ends[rows] = d_state[:alive]
+        du[rows].flatten(0, 1).baddbmm_(out[rows].flatten(0, 1), dS)
+        back = d_rest[rows].flatten(0, 1)
+        back[:, :M] = torch.bmm(inverse[rows].flatten(0, 1).mT, (du[rows] * minus_w[rows]).flatten(0, 1))
         if x.decay.total is not None:
-            dS.mul_(x.decay.total[rows])
-        dS += d_read[rows]
-        dS -= W[rows].mT @ (dU[rows] * x.w[rows])
+            d_state[:alive].mul_(x.decay.total[rows])
+        dS.baddbmm_(into[rows].flatten(0, 1).mT, back)
     return d_ends
 
 
 def _block_backward(
-    block: Block, x: _Inputs, d_o: Tensor, d_state: Tensor, inverse: Tensor, states: Tensor
+    block: Block, x: _Inputs, d_out: Tensor, d_state: Tensor, inverse: Tensor, states: Tensor
 ) -> dict[str, Tensor]:
     """Return the gradients of one block's inputs; carries the gradient of the state in `d_state`.
 
-    H = inverse^T diag(w) dU is the gradient to the right-hand side n v - D_i0 K S; L's is -H F^T diag(w).
+    With H = X^T diag(w) du the gradient to n v - D_i0 K S, that of L diag(w) is -H F^T: one product [-H; d_o] F^T
+    gives, column by column times w, the gradients of both L and the queries' scores.
     """
-    L = x.decay.scores(x.k, x.k, strict=True)
-    W = inverse @ _times(x.k, x.decay.start_k)
-    dU = x.decay.scores(x.q, x.k, strict=False).mT @ d_o
-    d_ends = _run_backward(block, x, d_state, dU, _times(x.q, x.decay.start_q).mT @ d_o, W)
-    F = (inverse @ (x.v * x.norm)).sub_(W @ states)
-    U = F * x.w
-    H = inverse.mT @ (dU * x.w)
+    M = x.k.shape[2]
+    scores = x.decay.scores()
+    d_rest = torch.empty(*x.kq.shape[:3], x.v.shape[3], dtype=x.v.dtype, device=x.v.device)
+    d_o = block.gather(d_out, x.v.dtype, out=d_rest[:, :, M:])
+    du = scores[:, :, M:].mT @ d_o
+    d_ends = _run_backward(block, x, d_state, du, d_rest, inverse)
+    f = inverse @ (x.v * x.norm).sub_(x.decay.into[:, :, :M] @ states)
 
-    d_see = d_o @ U.mT
-    dq, dk_right = x.decay.scores_vjp(d_see, x.q, x.k, strict=False)
-    HF = H @ F.mT
-    dw = (F * dU).sum(-1, keepdim=True).sub_((HF * L).sum(-2).unsqueeze(-1))
-    dk_left, dk_more = x.decay.scores_vjp(HF.mul_(x.w.mT).neg_(), x.k, x.k, strict=True)
-    dq += _times(d_o @ states.mT, x.decay.start_q)
-    dk_left -= _times(H @ states.mT, x.decay.start_k)
-    dk_end = _times(U @ d_ends.mT, x.decay.end_k)
-    dk_right += dk_more.add_(dk_end)
+    d_scores = d_rest @ f.mT
+    dw = (f * du).sum(-1, keepdim=True)
+    dw += (d_scores[:, :, :M] * scores[:, :, :M]).sum(-2).unsqueeze(-1)
+    d_out_k = f.mul_(x.w) @ d_ends.mT
+    at_end = None if x.decay.total is None else (x.decay.out * d_out_k).sum(2)
+    d_kq, dk = x.decay.backward(d_scores.mul_(x.w.mT), d_rest @ states.mT, d_out_k)
+    h = d_rest[:, :, :M].neg()
 
-    grads = {"q": dq, "v": H * x.norm, "beta": dw / x.squared}
-    if x.decay.reset is not None and x.decay.total is not None:
-        carried = x.decay.total * (states * d_ends).sum(-1, keepdim=True)
-        grads["log_decay"] = _decay_grad(x, x.decay.reset, dq, dk_left - dk_right, dk_end, carried.squeeze(-1))
-    d_norm = (H * x.v).sum(-1, keepdim=True)
+    grads = {"q": d_kq[:, :, M:], "v": h * x.norm, "beta": dw / x.squared}
+    if x.decay.reset is not None and x.decay.total is not None and at_end is not None:
+        carried = x.decay.total.squeeze(-1) * (states * d_ends).sum(-1)
+        grads["log_decay"] = _decay_grad(x, x.decay.reset, d_kq, dk, at_end + carried)
+    d_norm = h.mul_(x.v).sum(-1, keepdim=True)
     d_squared = (d_norm / x.norm).mul_(0.5).sub_(grads["beta"] * x.w)
-    grads["k"] = dk_left.add_(dk_right).addcmul_(x.k, d_squared, value=2).mul_(x.power)
+    grads["k"] = dk.add_(d_kq[:, :, :M]).addcmul_(x.k, d_squared, value=2)
+    if x.power is not None:
+        grads["k"].mul_(x.power)
     return grads
 
 
-def _decay_grad(x: _Inputs, reset: Tensor, dq: Tensor, dk: Tensor, dk_end: Tensor, carried: Tensor) -> Tensor:
-    """Return the gradient to log_decay: what is read at i gains g_i, what is written at j loses g_j.
+def _decay_grad(x: _Inputs, reset: Tensor, d_kq: Tensor, dk: Tensor, at_end: Tensor) -> Tensor:
+    """Return the gradient to log_decay: what reads at i gains g_i, what is written at j loses g_j.
 
     Every use of token i as the later one of a pair carries exp(+g_i), as the earlier one exp(-g_i); the chunk's end
-    is a reader of all of it.
+    is a reader of all of it, which gives it at_end [R H K].
     """
-    C, E = x.q.shape[2], reset.shape[-1]
+    C, E, M = reset.shape[2], reset.shape[-1], x.k.shape[2]
 
     def reduce(t: Tensor) -> Tensor:
         return t.sum(-1, keepdim=True) if E == 1 else t
 
-    dg = reduce(x.q * dq)
-    dg += reduce(x.k * dk).unflatten(2, (C, -1)).sum(3)
-    at_end = reduce(x.k * dk_end).sum(2) + reduce(carried)
-    dg[:, :, -1] += at_end
+    dg = reduce(x.kq[:, :, M:] * d_kq[:, :, M:])
+    dg += reduce(x.k * (d_kq[:, :, :M] - dk)).unflatten(2, (C, -1)).sum(3)
+    dg[:, :, -1] += reduce(at_end)
     return log_decay_grad(dg, reset)
