@@ -43,7 +43,7 @@ class MildDecay:
     def __init__(self, kq: Tensor, k: Tensor, g: Tensor | None, reset: Tensor | None):
         self.into, self.out, self.total, self.reset, self._inverse, self._k = kq, k, None, reset, None, k
         self._see = _visible(kq, k)
-        if g is not None:
+        if g is not None and reset is not None:
             self._start, self._end, self.total = _edges(k, g, reset)
             self._inverse = g.neg().exp().to(k.dtype).repeat_interleave(k.shape[2] // g.shape[2], dim=2)
             self.into, self.out, self._k = kq * self._start, k * self._end, k * self._inverse
