@@ -27,7 +27,7 @@ from statetrack.automata.pattern import UNBOUNDED, Spelling, check_flags, parse,
 from statetrack.errors import UsageError
 
 MAX_READINGS = 10_000  # letters of a pattern whose counted repetitions are written out
-MAX_STEPS = 3_000_000  # positions visited while building subsets: a few seconds
+MAX_STEPS = 5_000_000  # visits of free moves and of positions: a few seconds
 
 SEARCH = "what they match depends on the order of the search"
 REFUSED = {
@@ -69,10 +69,24 @@ def regex(pattern: str, *, alphabet: str | Sequence[str] = "bytes", flags: str =
         start = network.sequence(tree, network.final, flag_bits)
     except RecursionError:
         raise UsageError(f"the regex {pattern!r:.80} is nested too deeply") from None
-    positions = _positions(network, start)
+    work = _Work(pattern)
+    positions = _positions(network, start, work)
     symbols, class_of = _letter_classes(positions, spelling)
-    small = _determinise(positions, symbols, pattern).minimise()
+    small = _determinise(positions, symbols, work).minimise()
     return Automaton(small.table[:, class_of], small.start, small.accepting, letters=spelling.names)
+
+
+@dataclass
+class _Work:
+    """What has been spent on a pattern, so that one that explodes is refused within seconds."""
+
+    pattern: str
+    steps: int = 0
+
+    def spend(self) -> None:
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            raise UsageError(f"the regex {self.pattern!r:.80} can be read in too many ways; simplify its repetitions")
 
 
 # --- the network -----------------------------------------------------------------------------------------------------
@@ -148,7 +162,7 @@ class _Positions:
     follow: list[int]
 
 
-def _positions(network: _Network, start: int) -> _Positions:
+def _positions(network: _Network, start: int, work: _Work) -> _Positions:
     """Number what can be read, a reading under a promise apart, in the order in which a text meets it."""
     number: dict[tuple[int, int], int] = {}  # (reading state, promise)
     positions = _Positions([b"", b""], [0, 0])
@@ -159,6 +173,7 @@ def _positions(network: _Network, start: int) -> _Positions:
         """Return what can be read next, and add it where it is new."""
         mask = 0
         for reached, left in _free_moves(network.free, state, promise, at_start):
+            work.spend()
             if reached == network.final and left != NEWLINE:
                 mask |= 1 << FINAL
             if reached in network.reads and left != NOTHING:
@@ -220,23 +235,17 @@ def _letter_classes(positions: _Positions, spelling: Spelling) -> tuple[list[int
     return symbols, np.argsort(order)[class_of.ravel()]
 
 
-def _determinise(positions: _Positions, symbols: list[int], pattern: str) -> Automaton:
+def _determinise(positions: _Positions, symbols: list[int], work: _Work) -> Automaton:
     """Make every reachable set of positions just read a state; a letter leads to the followers that read it."""
-    steps = 0
 
     def successors(subset: int) -> list[int]:
-        nonlocal steps
         followers = 0
         for position in _bits(subset):
             followers |= positions.follow[position]
-            steps += 1
-        if steps > MAX_STEPS:
-            raise UsageError(
-                f"the regex {pattern!r:.80} can be read in too many ways at once; simplify its repetitions"
-            )
+            work.spend()
         return [followers & readers for readers in symbols]
 
-    subsets, table = explore(1 << START, successors, f"the automaton of the regex {pattern!r:.80}")
+    subsets, table = explore(1 << START, successors, f"the automaton of the regex {work.pattern!r:.80}")
     ends = sum(1 << position for position, follow in enumerate(positions.follow) if follow >> FINAL & 1)
     return Automaton(table, accepting=frozenset(q for q, subset in enumerate(subsets) if subset & ends))
 
