@@ -72,6 +72,10 @@ class Spelling:
             return pattern.encode("ascii")
         if not self.long_names:
             return pattern
+        for found in re.finditer(r"(?<!\(\?P)<[^<>=!]+>", pattern):
+            if found[0] not in self.long_names and "<" not in self.names:
+                letters = f"the letters are {', '.join(self.names):.80}"
+                raise _pointing(pattern, found.start(), f"{found[0]} is no letter; {letters}")
         written = "|".join(re.escape(name) for name in self.long_names)
         return re.sub(rf"(?<!\(\?P)(?:{written})", lambda found: self.long_names[found[0]], pattern)
 

@@ -15,7 +15,7 @@ from statetrack.automata.exploration import explore
 from statetrack.errors import UsageError
 
 MAX_DEFINED = 200_000  # elements named while enumerating; many turn out to be equal
-MAX_STEPS = 20_000_000  # columns followed: a few seconds
+MAX_STEPS = 50_000_000  # columns followed: a few seconds
 MAX_RELATOR = 10_000  # letters of a relator
 
 
@@ -58,7 +58,7 @@ class _Elements:
     def define(self, element: int, column: int) -> None:
         """Name the element that `column` leads to."""
         new = len(self.rows)
-        self._spend(0 if new < MAX_DEFINED else MAX_STEPS)
+        self._spend(0 if new < MAX_DEFINED else MAX_STEPS + 1)
         self.rows.append([-1] * self.width)
         self.same.append(new)
         self._join(element, column, new)

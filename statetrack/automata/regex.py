@@ -27,7 +27,7 @@ from statetrack.automata.pattern import UNBOUNDED, Spelling, check_flags, parse,
 from statetrack.errors import UsageError
 
 MAX_READINGS = 10_000  # letters of a pattern whose counted repetitions are written out
-MAX_STEPS = 5_000_000  # visits of free moves and of positions: a few seconds
+MAX_STEPS = 3_000_000  # visits of free moves and of positions: a few seconds
 
 SEARCH = "what they match depends on the order of the search"
 REFUSED = {
@@ -83,8 +83,8 @@ class _Work:
     pattern: str
     steps: int = 0
 
-    def spend(self) -> None:
-        self.steps += 1
+    def spend(self, steps: int) -> None:
+        self.steps += steps
         if self.steps > MAX_STEPS:
             raise UsageError(f"the regex {self.pattern!r:.80} can be read in too many ways; simplify its repetitions")
 
@@ -171,9 +171,9 @@ def _positions(network: _Network, start: int, work: _Work) -> _Positions:
 
     def next_positions(state: int, promise: int, at_start: bool) -> int:
         """Return what can be read next, and add it where it is new."""
-        mask = 0
-        for reached, left in _free_moves(network.free, state, promise, at_start):
-            work.spend()
+        mask, reachable = 0, _free_moves(network.free, state, promise, at_start)
+        work.spend(len(reachable))
+        for reached, left in reachable:
             if reached == network.final and left != NEWLINE:
                 mask |= 1 << FINAL
             if reached in network.reads and left != NOTHING:
@@ -194,14 +194,11 @@ def _positions(network: _Network, start: int, work: _Work) -> _Positions:
     return positions
 
 
-def _free_moves(
-    free: list[list[tuple[int, str]]], state: int, promise: int, at_start: bool
-) -> Iterator[tuple[int, int]]:
-    """Yield every (state, promise) that free moves reach."""
+def _free_moves(free: list[list[tuple[int, str]]], state: int, promise: int, at_start: bool) -> set[tuple[int, int]]:
+    """Return every (state, promise) that free moves reach."""
     stack, seen = [(state, promise)], {(state, promise)}
     while stack:
         state, promise = stack.pop()
-        yield state, promise
         for target, anchor in free[state]:
             if anchor.startswith("AT_BEGINNING"):
                 left = [promise] if at_start else []
@@ -214,6 +211,7 @@ def _free_moves(
             fresh = [(target, promised) for promised in left if (target, promised) not in seen]
             seen.update(fresh)
             stack.extend(fresh)
+    return seen
 
 
 def _letter_classes(positions: _Positions, spelling: Spelling) -> tuple[list[int], Int[np.ndarray, "L"]]:
@@ -239,10 +237,10 @@ def _determinise(positions: _Positions, symbols: list[int], work: _Work) -> Auto
     """Make every reachable set of positions just read a state; a letter leads to the followers that read it."""
 
     def successors(subset: int) -> list[int]:
+        work.spend(subset.bit_count())
         followers = 0
         for position in _bits(subset):
             followers |= positions.follow[position]
-            work.spend()
         return [followers & readers for readers in symbols]
 
     subsets, table = explore(1 << START, successors, f"the automaton of the regex {work.pattern!r:.80}")
