@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Int, Integer
+from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
 from statetrack.automata.groups import Group, as_group, element_indices
+from statetrack.automata.letters import default_names, encode_bytes, encode_names, letter_names
 from statetrack.errors import UsageError
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Automaton:
                 raise UsageError(f"output needs one integer >= 0 for each of {states} states, got {output.tolist()}")
             self._set(output=output)
         if self.letters is not None:
-            self._set(letters=_letter_names(self.letters, letters))
+            self._set(letters=letter_names(self.letters, letters))
 
     def _set(self, **fields: Any) -> None:
         for name, value in fields.items():
@@ -102,6 +103,11 @@ class Automaton:
         """One more than the largest output."""
         return 2 if self.output is None else int(self.output.max()) + 1
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the letters are called in print: `letters`, or bytes or numbers where they have no names."""
+        return default_names(self.alphabet) if self.letters is None else self.letters
+
     # --- running -----------------------------------------------------------------------------------------------------
 
     def run(
@@ -130,6 +136,23 @@ class Automaton:
         """Return what the automaton says after every token: 0 or 1 for an accepting set, else the output map."""
         return self.emits[self.run(words, state)]
 
+    def encode(self, text: str | bytes | Sequence[str]) -> Int[np.ndarray, "T"]:
+        """Return the letters of a text; raise UsageError, with the position, at what is no letter.
+
+        256 letters without names are bytes (text is UTF-8); else a letter is a character, or an item of a sequence.
+        """
+        if self.letters is None and self.alphabet == 256:
+            return encode_bytes(text)
+        return encode_names(text, self.names)
+
+    def accepts(self, texts: Iterable[str | bytes | Sequence[str] | Integer[np.ndarray, "T"]]) -> Bool[np.ndarray, "B"]:
+        """Whether each text, of any length, ends in an accepting state; letters may be given as an integer array."""
+        if self.accepting is None:
+            raise UsageError("accepts needs an accepting set; this automaton has outputs: ask outputs(words)")
+        words = [text if isinstance(text, np.ndarray) else self.encode(text) for text in texts]
+        last = [int(self.run(word[None])[0, -1]) if len(word) else self.start for word in words]
+        return np.array([state in self.accepting for state in last], dtype=bool)
+
     # --- building ----------------------------------------------------------------------------------------------------
 
     def with_idle_letters(self, *names: str) -> Automaton:
@@ -137,6 +160,17 @@ class Automaton:
         idle = np.repeat(np.arange(self.states)[:, None], len(names), axis=1)
         letters = None if self.letters is None else (*self.letters, *names)
         return Automaton(np.concatenate([self.table, idle], axis=1), self.start, self.accepting, self.output, letters)
+
+    def merge_letters(self) -> tuple[Automaton, Int[np.ndarray, "L"]]:
+        """Return the automaton over classes of letters that act alike, and every letter's class.
+
+        A class is named after its first letter; classes are in the order of these.
+        """
+        _, first, label = np.unique(self.table, axis=1, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        names = tuple(self.names[letter] for letter in first[order])
+        merged = Automaton(self.table[:, first[order]], self.start, self.accepting, self.output, names)
+        return merged, np.argsort(order)[label.ravel()]
 
     def product(self, other: Automaton, combine: str = "pair") -> Automaton:
         """Run both on the same word; only pairs of states that some word reaches are kept, in breadth-first order.
@@ -233,7 +267,7 @@ class Automaton:
             if content.get("accepting") is not None:
                 content["accepting"] = frozenset(_integers("accepting", content["accepting"], ndim=1).tolist())
             if content.get("letters") is not None:
-                content["letters"] = _letter_names(content["letters"], content["table"].shape[1])
+                content["letters"] = letter_names(content["letters"], content["table"].shape[1])
             return cls(**content)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
@@ -315,13 +349,6 @@ def _state(name: str, value: Any, states: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < states:
         raise UsageError(f"{name} holds {value!r}, which is no state; accepted: 0..{states - 1}")
     return int(value)
-
-
-def _letter_names(names: Any, letters: int) -> tuple[str, ...]:
-    names = tuple(names) if isinstance(names, Iterable) else (names,)
-    if not all(isinstance(name, str) for name in names) or not len(set(names)) == len(names) == letters:
-        raise UsageError(f"letters must be {letters} different strings (one per column), got {list(names)}")
-    return names
 
 
 def _alphabet(automaton: Automaton) -> str:
