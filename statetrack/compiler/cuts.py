@@ -1,0 +1,180 @@
+"""The `cut` layer: small blocks side by side, each a family of disjoint sets of states closed under preimages.
+
+A block's label says which set of its family the state lies in (none: LOST). The family has to be such that every event
+acts on the labels as a partial injection or as a reset. It is found from a seed, one set at one state of the knowledge:
+preimages under all events must be in the family, overlapping sets are joined, and so on until nothing changes.
+"""
+
+from __future__ import annotations
+
+import time
+
+from statetrack.compiler.cascade import LOST, Block, Knowledge, Layer, Map, Reset, View
+
+Family = list[list[frozenset[int]]]  # disjoint sets, for every state of the knowledge
+Images = dict[tuple[int, int], dict[int, int]]
+
+MOST_SEEDS, MOST_STEPS, MOST_PAIRS = 400, 4000, 60_000
+
+
+def cut(seen: View, known: Knowledge, deadline: float = float("inf")) -> Layer | None:
+    """Return blocks that together tell apart as much as all that were found; None if there are none."""
+    images = _images(seen, known)
+    families = _families(seen, known, images, deadline)
+    if not families:
+        return None
+    chosen = _cover(known, families)
+    return Layer("cut", [_block(seen, known, images, families[i]) for i in chosen]) if chosen else None
+
+
+def _images(seen: View, known: Knowledge) -> Images:
+    images = {}
+    for c, row in enumerate(known.moves):
+        for x, d in enumerate(row):
+            if d is not None and (image := seen.image(known.possible[c], x)):
+                images[c, x] = image
+    return images
+
+
+def _families(seen: View, known: Knowledge, images: Images, deadline: float) -> list[Family]:
+    into: list[list[tuple[int, int]]] = [[] for _ in range(known.size)]
+    for c, x in images:
+        d = known.moves[c][x]
+        assert d is not None
+        into[d].append((c, x))
+    seeds: dict[tuple[int, frozenset[int]], None] = {}
+    for c, states in enumerate(known.possible):
+        if len(states) > 1:
+            seeds |= dict.fromkeys((c, frozenset([q])) for q in states)
+    for (c, x), image in images.items():
+        d, values = known.moves[c][x], frozenset(image.values())
+        if d is not None and 1 < len(values) < len(known.possible[d]):
+            seeds[d, values] = None
+    found: dict[tuple, Family] = {}
+    for c, states in list(seeds)[:MOST_SEEDS]:
+        if time.monotonic() > deadline:
+            break
+        family = _close(seen, known, images, into, c, states)
+        if family is None or _trivial(known, family) or not _acts(known, images, family):
+            continue
+        key = tuple(tuple(sorted(tuple(sorted(states)) for states in sets)) for sets in family)
+        found.setdefault(key, family)
+    return list(found.values())
+
+
+def _close(seen, known, images: Images, into, c0: int, seed: frozenset[int]) -> Family | None:
+    """Return the smallest family that holds the seed at c0; None if it takes too long."""
+    family: Family = [[] for _ in range(known.size)]
+
+    def add(c: int, states: set[int] | frozenset[int]) -> bool:
+        """Put the states into one set at c, joining what overlaps; say whether that changed anything."""
+        joined, apart = set(states), []
+        for other in family[c]:
+            if other & joined:
+                joined |= other
+            else:
+                apart.append(other)
+        if frozenset(joined) in family[c]:
+            return False
+        family[c] = [*apart, frozenset(joined)]
+        return True
+
+    add(c0, seed)
+    todo, steps = [c0], 0
+    while todo:
+        d = todo.pop()
+        steps += 1
+        if steps > MOST_STEPS:
+            return None
+        for c, x in into[d]:
+            image = images[c, x]
+            for states in list(family[d]):
+                before = frozenset(q for q, r in image.items() if r in states)
+                if before and len(before) < len(image) and add(c, before):
+                    todo.append(c)
+        for x in range(seen.letters):
+            image = images.get((d, x))
+            if not image:
+                continue
+            after = known.moves[d][x]
+            for states in list(family[d]):
+                moved = {image[q] for q in states if q in image}
+                touched = [other for other in family[after] if other & moved]
+                if not touched or (len(touched) == 1 and moved <= touched[0]):
+                    continue
+                if add(after, moved.union(*touched)):
+                    todo.append(after)
+    return family
+
+
+def _trivial(known: Knowledge, family: Family) -> bool:
+    """Whether the family tells nothing: at each state of the knowledge no set, or one that holds all."""
+    return all(
+        not sets or (len(sets) == 1 and len(sets[0]) == len(known.possible[c])) for c, sets in enumerate(family)
+    )
+
+
+def _label(q: int, sets: list[frozenset[int]]) -> int:
+    return next((i for i, states in enumerate(sets) if q in states), LOST)
+
+
+def _action(image: dict[int, int], before: list[frozenset[int]], after: list[frozenset[int]]) -> Map | Reset | None:
+    """Return what an event does to the labels; None if that is neither a partial injection nor a reset."""
+    targets = {_label(r, after) for r in image.values()}
+    if len(targets) == 1:
+        return Reset(targets.pop())
+    to: dict[int, int] = {}
+    for q, r in image.items():
+        label, target = _label(q, before), _label(r, after)
+        if to.setdefault(label, target) != target:
+            return None
+    if to.get(LOST, LOST) != LOST:
+        return None
+    kept = [target for target in to.values() if target != LOST]
+    if len(set(kept)) < len(kept):
+        return None
+    return Map({label: target for label, target in to.items() if LOST not in (label, target)})
+
+
+def _acts(known: Knowledge, images: Images, family: Family) -> bool:
+    for (c, x), image in images.items():
+        d = known.moves[c][x]
+        if d is not None and _action(image, family[c], family[d]) is None:
+            return False
+    return True
+
+
+def _block(seen: View, known: Knowledge, images: Images, family: Family) -> Block:
+    events: dict[tuple[int, int], Map | Reset] = {}
+    for c, row in enumerate(known.moves):
+        for x, d in enumerate(row):
+            if d is None:
+                continue
+            action = _action(images[c, x], family[c], family[d]) if (c, x) in images else Map({})
+            assert action is not None
+            events[c, x] = action
+    labels = [list(range(len(sets))) for sets in family]
+    return Block(labels, events, _label(seen.start, family[known.start]))
+
+
+def _cover(known: Knowledge, families: list[Family]) -> list[int]:
+    """Choose few families that separate all pairs of possible states that any of them separates."""
+    pairs = [(c, p, q) for c, states in enumerate(known.possible) for p in states for q in states if p < q]
+    separated = []
+    for family in families:
+        labels = [{q: _label(q, family[c]) for q in states} for c, states in enumerate(known.possible)]
+        separated.append({i for i, (c, p, q) in enumerate(pairs[:MOST_PAIRS]) if labels[c][p] != labels[c][q]})
+    size = [max(len(sets) for sets in family) for family in families]
+    chosen: list[int] = []
+    left = set().union(*separated)
+    while left:
+        best = max(range(len(families)), key=lambda i: len(separated[i] & left) / (1 + 0.2 * size[i]))
+        if not separated[best] & left:
+            break
+        chosen.append(best)
+        left -= separated[best]
+    for i in list(chosen):
+        others = set().union(*(separated[j] for j in chosen if j != i))
+        if separated[i] <= others:
+            chosen.remove(i)
+    return chosen

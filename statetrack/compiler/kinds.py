@@ -1,0 +1,197 @@
+"""The kinds of layer that a cascade is built from; each takes what is known so far and returns a `Layer`.
+
+peel      the state itself; where states merge they may be lost, and what may be lost is known
+inj       the same as a last layer without resets: its zero vector says that the word is dead
+EM, TR    tiles: sets of states. EM remembers the image of the last event that was not the identity; TR carries tiles
+          along while their images stay disjoint, and resets to the image where they do not (as in a holonomy cascade)
+zei       Zeiger's split: the label is a state that the automaton is not in; always makes progress
+suf<k>    the last k letters
+cut       several small blocks side by side, found by closing a set of states under preimages (see cuts.py)
+all<k>    all of these side by side, and the last k letters; pruned afterwards
+"""
+
+from __future__ import annotations
+
+import time
+
+from statetrack.compiler.cascade import LOST, Block, Knowledge, Layer, Map, Register, Reset, TooLarge, View
+
+
+def peel(seen: View, known: Knowledge, resets: bool = True) -> Layer | None:
+    """Remember the state itself; without resets, give None where an event merges live states."""
+    lossy = _possibly_lost(seen, known, resets)
+    labels = [
+        sorted(states - lossy[c]) if len(lossy[c]) == 1 else sorted(states) for c, states in enumerate(known.possible)
+    ]
+    events: dict[tuple[int, int], Map | Reset] = {}
+    for c, x, d in _moves(known):
+        image = seen.image(known.possible[c], x)
+        if not resets and len(set(image.values())) < len(image):
+            return None
+        kept = set(labels[d])
+        targets = set(image.values())
+        if not image:
+            events[c, x] = Map({})
+        elif resets and len(targets) == 1:
+            target = targets.pop()
+            source = next(iter(image))
+            if len(image) == 1 and source not in lossy[c]:  # surely tracked: a map is cheaper than a reset
+                events[c, x] = Map({source: target} if target in kept else {})
+            else:
+                events[c, x] = Reset(target if target in kept else LOST)
+        else:
+            events[c, x] = Map(_survivors(image, labels[c], kept))
+    start = seen.start if seen.start in labels[known.start] else LOST
+    return Layer("peel" if resets else "inj", [Block(labels, events, start)])
+
+
+def _possibly_lost(seen: View, known: Knowledge, resets: bool) -> list[set[int]]:
+    """Return the states that, at each state of the knowledge, the layer may have lost: the least fixed point."""
+    lossy: list[set[int]] = [set() for _ in range(known.size)]
+    maps = []
+    for c, x, d in _moves(known):
+        image = seen.image(known.possible[c], x)
+        if not image or (resets and len(set(image.values())) == 1):
+            continue
+        maps.append((c, d, image))
+        lossy[d] |= _merged(image)
+    changed = True
+    while changed:
+        changed = False
+        for c, d, image in maps:
+            carried = {image[q] for q in lossy[c] if q in image}
+            if not carried <= lossy[d]:
+                lossy[d] |= carried
+                changed = True
+    return lossy
+
+
+def _merged(image: dict[int, int]) -> set[int]:
+    """Return the states that several states go to."""
+    once: set[int] = set()
+    return {r for r in image.values() if r in once or once.add(r)}
+
+
+def _survivors(image: dict[int, int], labels: list[int], kept: set[int]) -> dict[int, int]:
+    """Choose, of the labels that go to one state, the one that carries on: itself if it stays."""
+    to: dict[int, int] = {}
+    used: set[int] = set()
+    for q in sorted(labels, key=lambda q: (image.get(q) != q, q)):
+        r = image.get(q)
+        if r is not None and r not in used and r in kept:
+            to[q] = r
+            used.add(r)
+    return to
+
+
+def _moves(known: Knowledge) -> list[tuple[int, int, int]]:
+    """List the events and where they lead: (c, x, next c)."""
+    return [(c, x, d) for c, row in enumerate(known.moves) for x, d in enumerate(row) if d is not None]
+
+
+Event = tuple[int, int, dict[int, int], frozenset[int]]  # letter, next c, image, the set of its values
+
+
+def tiles(
+    seen: View, known: Knowledge, carry: bool, cap: int = 200, total: int = 2500, deadline: float = float("inf")
+) -> Layer:
+    """Remember a set of states that holds the automaton's: the image of the last event (EM), or carried along (TR)."""
+    out: list[list[Event]] = [[] for _ in range(known.size)]
+    for c, x, d in _moves(known):
+        image = seen.image(known.possible[c], x)
+        if image:
+            out[c].append((x, d, image, frozenset(image.values())))
+    forced: set[tuple[int, int]] = set()  # events that must reset: carrying would merge two tiles
+    for _ in range(25):
+        if time.monotonic() > deadline:
+            break
+        found, clashes = _grow_tiles(seen, known, out, carry, forced, cap, total)
+        if not clashes:
+            return _tile_layer(known, out, found, carry, forced, seen.start)
+        forced |= clashes
+    raise TooLarge
+
+
+def _moved_tile(tile: frozenset[int], event: Event, carried: bool, identity_only: bool) -> frozenset[int]:
+    """Return a tile after an event (empty if it dies)."""
+    _, _, image, whole = event
+    if identity_only:
+        return tile if all(q == r for q, r in image.items()) else whole
+    return frozenset(image[q] for q in tile if q in image) if carried and len(whole) > 1 else whole
+
+
+def _grow_tiles(seen, known, out, carry, forced, cap, total):
+    """Return the tiles that occur at every state of the knowledge, and the events that merge two of them."""
+    first = frozenset([seen.start])
+    found: list[dict[frozenset[int], None]] = [{} for _ in range(known.size)]
+    found[known.start][first] = None
+    todo, count = [(known.start, first)], 1
+    clashes: set[tuple[int, int]] = set()
+    origin: dict[tuple[int, int], dict[frozenset[int], frozenset[int]]] = {}
+    while todo:
+        c, tile = todo.pop()
+        for event in out[c]:
+            x, d, _, whole = event
+            carried = carry and (c, x) not in forced and (c, x) not in clashes and len(whole) > 1
+            moved = _moved_tile(tile, event, carried, not carry)
+            if not moved:
+                continue
+            if carried and origin.setdefault((c, x), {}).setdefault(moved, tile) != tile:
+                clashes.add((c, x))
+                moved = whole
+            if moved not in found[d]:
+                found[d][moved] = None
+                todo.append((d, moved))
+                count += 1
+                if count > total or len(found[d]) > cap:
+                    raise TooLarge
+    return found, clashes
+
+
+def _tile_layer(known, out, found, carry, forced, start) -> Layer:
+    names: dict[frozenset[int], int] = {}
+
+    def name(tile: frozenset[int]) -> int:
+        return names.setdefault(tile, len(names))
+
+    labels = [[name(t) for t in sorted(tiles, key=lambda t: (len(t), sorted(t)))] for tiles in found]
+    events: dict[tuple[int, int], Map | Reset] = {(c, x): Map({}) for c, x, _ in _moves(known)}
+    for c, row in enumerate(out):
+        for event in row:
+            x, _, image, whole = event
+            if not carry and all(q == r for q, r in image.items()):
+                events[c, x] = Map({name(t): name(t) for t in found[c]})
+            elif carry and (c, x) not in forced and len(whole) > 1:
+                moved = ((t, _moved_tile(t, event, True, False)) for t in found[c])
+                events[c, x] = Map({name(t): name(m) for t, m in moved if m})
+            else:
+                events[c, x] = Reset(name(whole))
+    return Layer("TR" if carry else "EM", [Block(labels, events, name(frozenset([start])))])
+
+
+def zeiger(seen: View, known: Knowledge) -> Layer:
+    """Remember a state that the automaton is not in, so that one fewer is possible (Zeiger; Ginzburg 1968, ch. 3)."""
+    events: dict[tuple[int, int], Map | Reset] = {}
+    for c, x, d in _moves(known):
+        image = seen.image(known.possible[c], x)
+        missed = sorted(known.possible[d] - set(image.values()))
+        if not image:
+            events[c, x] = Map({})
+        elif missed:
+            events[c, x] = Reset(missed[0])
+        else:
+            merged = _merged(image)
+            events[c, x] = Map({q: r for q, r in image.items() if r not in merged})
+    others = sorted(known.possible[known.start] - {seen.start})
+    labels = [sorted(states) for states in known.possible]
+    return Layer("zei", [Block(labels, events, others[0] if others else LOST)])
+
+
+def suffix(length: int) -> Layer:
+    """Remember the last letters."""
+    return Layer(f"suf{length}", [Register(length)])
+
+
+def can_end(seen: View, known: Knowledge) -> bool:
+    """Whether a last layer may be a partial injection whose zero vector means death: no event merges live states."""
+    return all(not _merged(seen.image(known.possible[c], x)) for c, x, _ in _moves(known))
