@@ -73,7 +73,7 @@ def _of_object(spec: Any) -> Automaton:
 
 def _of_file(path: str) -> Automaton:
     if not Path(path).exists():
-        raise UsageError(f"there is no file {path!r} (to have it read as a regular expression, write 'regex:{path}')")
+        raise UsageError(f"there is no file {path!r} (to have it read as a regular expression, write regex:{path})")
     return Automaton.from_json(path)
 
 
