@@ -49,6 +49,7 @@ class Spelling:
 
     @classmethod
     def of(cls, alphabet: str | Sequence[str]) -> Spelling:
+        """Read the argument `alphabet` of `regex`."""
         if isinstance(alphabet, str) and alphabet == "bytes":
             return cls(None, np.arange(256))
         names = tuple(alphabet)
@@ -102,6 +103,7 @@ class Spelling:
         return found
 
     def _part(self, op: str, value: Any, flags: int) -> Bool[np.ndarray, "L"]:
+        """Which letters one item of a class matches; a literal may match none."""
         if op == "CATEGORY":
             name = value.name.removeprefix("CATEGORY_")
             kind = name.removeprefix("NOT_")

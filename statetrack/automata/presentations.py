@@ -14,8 +14,8 @@ from statetrack.automata.automaton import Automaton
 from statetrack.automata.exploration import explore
 from statetrack.errors import UsageError
 
-MAX_DEFINED = 200_000  # elements named while enumerating; many turn out to be equal
-MAX_STEPS = 50_000_000  # columns followed: a few seconds
+MAX_DEFINED = 100_000  # elements named while enumerating; many turn out to be equal
+MAX_STEPS = 30_000_000  # columns followed: a few seconds
 MAX_RELATOR = 10_000  # letters of a relator
 
 

@@ -30,10 +30,10 @@ def from_function(
 # --- automata-lib ----------------------------------------------------------------------------------------------------
 
 
-def is_automata_lib(machine: Any) -> bool:
-    """Whether this is a DFA or an NFA of the library automata-lib (nothing is imported to find out)."""
-    fields = ("states", "input_symbols", "transitions", "initial_state", "final_states")
-    return type(machine).__name__ in ("DFA", "NFA") and all(hasattr(machine, field) for field in fields)
+def automata_lib_kind(machine: Any) -> str | None:
+    """Return "DFA" or "NFA" for those of the library automata-lib, else None; nothing is imported to find out."""
+    kinds = [kind.__name__ for kind in type(machine).__mro__ if kind.__module__.startswith("automata.")]
+    return next((kind for kind in kinds if kind in ("DFA", "NFA")), None)
 
 
 def from_automata_lib(machine: Any, *, complete: bool = False) -> Automaton:
@@ -42,9 +42,10 @@ def from_automata_lib(machine: Any, *, complete: bool = False) -> Automaton:
     Letters are the input symbols in sorted order. A DFA with a missing transition is refused, naming it; with
     complete=True it leads to a rejecting sink, as it does for an NFA.
     """
-    if not is_automata_lib(machine):
+    kind = automata_lib_kind(machine)
+    if kind is None:
         raise UsageError(f"expected a DFA or an NFA of automata-lib, got {type(machine).__name__}")
-    if type(machine).__name__ == "NFA":
+    if kind == "NFA":
         from automata.fa.dfa import DFA
 
         machine, complete = DFA.from_nfa(machine), True

@@ -13,7 +13,7 @@ from statetrack.automata.automaton import Automaton
 from statetrack.automata.groups import Group, as_group
 from statetrack.automata.presentations import from_presentation
 from statetrack.automata.regex import regex
-from statetrack.automata.sources import cycles, from_automata_lib, from_permutations, is_automata_lib, parse_cycles
+from statetrack.automata.sources import automata_lib_kind, cycles, from_automata_lib, from_permutations, parse_cycles
 from statetrack.automata.wrappers import contains, lines
 from statetrack.errors import UsageError
 
@@ -68,12 +68,12 @@ def _of_object(spec: Any) -> Automaton:
         return spec
     if isinstance(spec, Path):
         return Automaton.from_json(spec)
-    return from_automata_lib(spec) if is_automata_lib(spec) else _word_problem(as_group(spec))
+    return from_automata_lib(spec) if automata_lib_kind(spec) else _word_problem(as_group(spec))
 
 
 def _of_file(path: str) -> Automaton:
     if not Path(path).exists():
-        raise UsageError(f"there is no file {path!r} (to have it read as a regular expression, write 'regex:{path}')")
+        raise UsageError(f"there is no file {path!r} (to have it read as a regular expression, write regex:{path})")
     return Automaton.from_json(path)
 
 
