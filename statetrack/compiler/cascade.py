@@ -3,7 +3,7 @@
 A layer sees the letter and what the layers below it knew before the letter; on such an *event* it either moves its
 labels by a partial injection (labels without an image are lost) or resets all of them to one label. These are the two
 things that a product of projections and reflections can do to a one-hot vector, and nothing else is needed (see
-docs/theory.md; permutation-reset automata as in Maler and Pnueli's form of the Krohn-Rhodes theorem are a special case).
+docs/theory.md; the permutation-reset automata of Maler and Pnueli's form of Krohn-Rhodes theory are a special case).
 
 *Knowledge* is an automaton again: its states are what the layers so far can tell apart, each with the automaton's
 states that are still possible. A cascade is complete when only one is.

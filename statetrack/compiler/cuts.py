@@ -8,11 +8,13 @@ preimages under all events must be in the family, overlapping sets are joined, a
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 
 from statetrack.compiler.cascade import LOST, Block, Knowledge, Layer, Map, Reset, View
 
 Family = list[list[frozenset[int]]]  # disjoint sets, for every state of the knowledge
-Images = dict[tuple[int, int], dict[int, int]]
+Key = tuple[int, int]  # an event: knowledge, letter
+Images = dict[Key, dict[int, int]]
 
 MOST_SEEDS, MOST_STEPS, MOST_PAIRS = 400, 4000, 60_000
 
@@ -37,7 +39,7 @@ def _images(seen: View, known: Knowledge) -> Images:
 
 
 def _families(seen: View, known: Knowledge, images: Images, deadline: float) -> list[Family]:
-    into: list[list[tuple[int, int]]] = [[] for _ in range(known.size)]
+    into: list[list[Key]] = [[] for _ in range(known.size)]
     for c, x in images:
         d = known.moves[c][x]
         assert d is not None
@@ -54,7 +56,7 @@ def _families(seen: View, known: Knowledge, images: Images, deadline: float) -> 
     for c, states in list(seeds)[:MOST_SEEDS]:
         if time.monotonic() > deadline:
             break
-        family = _close(seen, known, images, into, c, states)
+        family = _close(known, images, into, c, states)
         if family is None or _trivial(known, family) or not _acts(known, images, family):
             continue
         key = tuple(tuple(sorted(tuple(sorted(states)) for states in sets)) for sets in family)
@@ -62,56 +64,56 @@ def _families(seen: View, known: Knowledge, images: Images, deadline: float) -> 
     return list(found.values())
 
 
-def _close(seen, known, images: Images, into, c0: int, seed: frozenset[int]) -> Family | None:
+def _close(known: Knowledge, images: Images, into: list[list[Key]], c0: int, seed: frozenset[int]) -> Family | None:
     """Return the smallest family that holds the seed at c0; None if it takes too long."""
     family: Family = [[] for _ in range(known.size)]
-
-    def add(c: int, states: set[int] | frozenset[int]) -> bool:
-        """Put the states into one set at c, joining what overlaps; say whether that changed anything."""
-        joined, apart = set(states), []
-        for other in family[c]:
-            if other & joined:
-                joined |= other
-            else:
-                apart.append(other)
-        if frozenset(joined) in family[c]:
-            return False
-        family[c] = [*apart, frozenset(joined)]
-        return True
-
-    add(c0, seed)
-    todo, steps = [c0], 0
-    while todo:
+    _add(family, c0, seed)
+    todo = [c0]
+    for _ in range(MOST_STEPS):
+        if not todo:
+            return family
         d = todo.pop()
-        steps += 1
-        if steps > MOST_STEPS:
-            return None
         for c, x in into[d]:
             image = images[c, x]
             for states in list(family[d]):
                 before = frozenset(q for q, r in image.items() if r in states)
-                if before and len(before) < len(image) and add(c, before):
+                if before and len(before) < len(image) and _add(family, c, before):
                     todo.append(c)
-        for x in range(seen.letters):
-            image = images.get((d, x))
-            if not image:
-                continue
-            after = known.moves[d][x]
-            for states in list(family[d]):
-                moved = {image[q] for q in states if q in image}
-                touched = [other for other in family[after] if other & moved]
-                if not touched or (len(touched) == 1 and moved <= touched[0]):
-                    continue
-                if add(after, moved.union(*touched)):
-                    todo.append(after)
-    return family
+        todo += _forward(known, images, family, d)
+    return None
+
+
+def _forward(known: Knowledge, images: Images, family: Family, c: int) -> Iterator[int]:
+    """Join sets that one set at c meets after an event, wherever it is not inside one of them; yield where."""
+    for x, after in enumerate(known.moves[c]):
+        image = images.get((c, x))
+        if not image or after is None:
+            continue
+        for states in list(family[c]):
+            moved = {image[q] for q in states if q in image}
+            touched = [other for other in family[after] if other & moved]
+            inside = len(touched) == 1 and moved <= touched[0]
+            if touched and not inside and _add(family, after, moved.union(*touched)):
+                yield after
+
+
+def _add(family: Family, c: int, states: Iterable[int]) -> bool:
+    """Put the states into one set at c, joining what overlaps; say whether that changed anything."""
+    joined, apart = set(states), []
+    for other in family[c]:
+        if other & joined:
+            joined |= other
+        else:
+            apart.append(other)
+    if frozenset(joined) in family[c]:
+        return False
+    family[c] = [*apart, frozenset(joined)]
+    return True
 
 
 def _trivial(known: Knowledge, family: Family) -> bool:
     """Whether the family tells nothing: at each state of the knowledge no set, or one that holds all."""
-    return all(
-        not sets or (len(sets) == 1 and len(sets[0]) == len(known.possible[c])) for c, sets in enumerate(family)
-    )
+    return all(not sets or (len(sets) == 1 and len(sets[0]) == len(known.possible[c])) for c, sets in enumerate(family))
 
 
 def _label(q: int, sets: list[frozenset[int]]) -> int:

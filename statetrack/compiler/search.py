@@ -1,4 +1,4 @@
-"""The search for a cascade with few layers: iterative deepening over layers, a beam of the best knowledge at each depth.
+"""The search for a cascade with few layers: iterative deepening, with a beam of the best knowledge at each depth.
 
 Cheap kinds of layer first, which gives some plan within a second; then the wide kinds, blocks side by side, to find one
 with fewer layers, whose superfluous blocks are then dropped. An upper bound: fewer layers may exist. Lower bounds are
@@ -16,7 +16,6 @@ from statetrack.compiler.cascade import (
     Block,
     Knowledge,
     Layer,
-    Map,
     Register,
     TooLarge,
     View,
@@ -62,9 +61,7 @@ class Plan:
         return sum(block.size for layer in self.layers for block in layer.blocks)
 
 
-def find_plans(
-    automaton: Automaton, window: int, timeout: float, deeper: bool = False
-) -> tuple[list[Plan], bool]:
+def find_plans(automaton: Automaton, window: int, timeout: float, deeper: bool = False) -> tuple[list[Plan], bool]:
     """Return the best cascades found, shallowest first, and whether the time ran out.
 
     window: tokens that the first layer sees, 0 or 1 for the current one only. timeout: seconds for the wide kinds; 0
@@ -118,9 +115,7 @@ class _Search:
                 met = [{p.known[-1].fingerprint for p in partials} for partials in level]
                 for stage in self.stages:
                     self._grow(stage, level, grown, met)
-                    plans += self._ended(depth, grown)
-                    if self.late or (plans and not deeper):
-                        break
+                plans += self._ended(depth, grown)
                 level = grown
             found += plans
         return found
@@ -147,7 +142,7 @@ class _Search:
             del grown[BEAM:]
 
     def _with(self, partial: _Partial, kind: str) -> _Partial | None:
-        """Return the cascade with one more layer of a kind, or None where the kind does not apply or grows too large."""
+        """Return the cascade with one more layer, or None where the kind does not apply or grows too large."""
         if kind[:3] in ("suf", "all") and kind != "all" and (partial.layers or partial.window):
             return None
         try:
