@@ -1,0 +1,89 @@
+"""What shows that a property fails: words that anyone can run through the automaton."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from statetrack.automata.automaton import Automaton
+from statetrack.automata.monoid import Monoid
+
+
+@dataclass(frozen=True)
+class Witness:
+    """Words (as letters of the automaton), and states of the minimal automaton, with a sentence that explains them.
+
+    A cycle: words = (prefix, word), and from states[0], where the prefix leads, the word runs through `states` and back.
+    Two idempotents: words = (e, f), or (e, f, i) inside a local monoid, each doing twice what it does once. From state
+    states[0], e and f (if e f does what e does, and f e what f does; else e f e and f e) lead to states[1] and states[2].
+    """
+
+    words: tuple[tuple[int, ...], ...]
+    states: tuple[int, ...]
+    text: str
+    period: int | None = None
+
+    def __str__(self) -> str:
+        """Return the sentence."""
+        return self.text
+
+
+def spell(automaton: Automaton, word: Sequence[int], longest: int = 60) -> str:
+    """Return a word as people write it: letters joined if all are single characters, else with spaces."""
+    names = automaton.letters or tuple(str(letter) for letter in range(automaton.alphabet))
+    chosen = [names[x] if names[x].isprintable() else ascii(names[x])[1:-1] for x in word]
+    text = ("" if all(len(name) == 1 for name in names) else " ").join(chosen)
+    return "the empty word" if not word else f"'{text if len(text) <= longest else text[: longest - 3] + '...'}'"
+
+
+def access_words(automaton: Automaton) -> list[tuple[int, ...]]:
+    """Return a shortest word that leads to each state (all are reachable)."""
+    words: dict[int, tuple[int, ...]] = {automaton.start: ()}
+    queue, table = deque([automaton.start]), automaton.table.tolist()
+    while queue:
+        q = queue.popleft()
+        for letter, target in enumerate(table[q]):
+            if target not in words:
+                words[target] = (*words[q], letter)
+                queue.append(target)
+    return [words[q] for q in range(automaton.states)]
+
+
+def cycle_witness(m: Monoid, element: int) -> Witness:
+    """Show an element's period by the longest cycle of its word."""
+    word, cycle = m.word(element), m.cycles(element)[0]
+    period = m.period(element)
+    words = access_words(m.automaton)
+    first = min(range(len(cycle)), key=lambda i: len(words[cycle[i]]))
+    cycle = cycle[first:] + cycle[:first]
+    prefix = words[cycle[0]]
+    shown = [str(q) for q in (*cycle, cycle[0])]
+    path = " -> ".join(shown if len(shown) <= 9 else [*shown[:4], "...", *shown[-2:]])
+    where = f" from {spell(m.automaton, prefix)}" if prefix else ""
+    text = f"the word {spell(m.automaton, word)} has period {period}: repeated{where}, states {path}"
+    return Witness((prefix, word), cycle, text, period)
+
+
+def pair_witness(m: Monoid, elements: tuple[int, ...]) -> Witness:
+    """Show two idempotents that differ although each undoes the other, or for which e f e is not f e."""
+    e, f = elements[:2]
+    efe, fe = m.product(m.product(e, f), e), m.product(f, e)
+    same_image = m.product(e, f) == e and m.product(f, e) == f
+    left, right = (e, f) if same_image else (efe, fe)
+    q = next(q for q in range(m.automaton.states) if m.elements[left, q] != m.elements[right, q])
+    names = [spell(m.automaton, m.word(x)) for x in elements]
+    prefix = access_words(m.automaton)[q]
+    where = f"after {spell(m.automaton, prefix)}" if prefix else "at the start"
+    law = "e f = e, f e = f" if same_image else "e e = e, f f = f"
+    apart = "e and f" if same_image else "e f e and f e"
+    states = (int(m.elements[left, q]), int(m.elements[right, q]))
+    text = f"e = {names[0]}, f = {names[1]}: {law}, but {where}, {apart} lead to states {states[0]} and {states[1]}"
+    return Witness(tuple(m.word(x) for x in elements), (q, *states), text)
+
+
+def local_witness(m: Monoid, elements: tuple[int, ...]) -> Witness:
+    """Show such a pair e, f inside the local monoid of an idempotent i."""
+    found = pair_witness(m, elements)
+    inside = spell(m.automaton, m.word(elements[2]))
+    return Witness(found.words, found.states, f"{found.text}; both begin and end like i = {inside}, i i = i")
