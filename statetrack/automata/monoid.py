@@ -11,7 +11,7 @@ Legend: S elements, Q states of the minimal automaton, X generators, E idempoten
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,12 +19,16 @@ import numpy as np
 from jaxtyping import Bool, Int, Integer
 
 from statetrack.automata.automaton import Automaton
+from statetrack.automata.components import strong_components
 from statetrack.automata.subgroups import Subgroup
 from statetrack.errors import UsageError
 
 MAX_BYTES = 400_000_000  # of the table of elements
 MAX_PRODUCTS = 20_000_000
-MAX_PAIRS = 4_000_000_000  # states looked up to compare all pairs of idempotents
+MAX_PAIRS = 2_000_000_000  # states looked up to compare all pairs of idempotents; a tenth in a monoid cut short
+
+Law = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""From the map of e and the maps of all f, the truth of a law for every f and state."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +94,12 @@ class Monoid:
         """The number of elements (of those found, if not complete)."""
         return len(self.elements)
 
-    def word(self, element: int) -> tuple[int, ...]:
-        """Return a shortest word with this effect, as letters of the automaton."""
+    def word(self, element: int, empty: bool = True) -> tuple[int, ...]:
+        """Return a shortest word with this effect, as letters of the automaton; empty=False: one that is not empty."""
         letters = []
+        if element == 0 and not empty:
+            before, last = divmod(self._rows.index(0), len(self.generators))
+            return (*self.word(before), self.letters[last][0])
         while element:
             letters.append(self.letters[self._last[element]][0])
             element = int(self._parent[element])
@@ -112,10 +119,12 @@ class Monoid:
     def _number(self, effect: np.ndarray) -> int:
         number = self._numbers.get(effect.astype(self.elements.dtype).tobytes())
         if number is None:
-            raise UsageError(f"unknown element: the monoid has more than {self.size - 1} elements, the others not found")
+            raise UsageError(
+                f"unknown element: the monoid has more than {self.size - 1} elements, the others not found"
+            )
         return number
 
-    # --- Cayley graphs and Green's relations ---------------------------------------------------------------------------
+    # --- Cayley graphs and Green's relations -------------------------------------------------------------------------
 
     @cached_property
     def right(self) -> Int[np.ndarray, "S X"]:
@@ -155,23 +164,23 @@ class Monoid:
     @cached_property
     def d_classes(self) -> Int[np.ndarray, "S"]:
         """Green's D (J is the same in a finite monoid): s R r L t for some r."""
-        r, l = self.r_classes, self.l_classes
-        root = np.arange(r.max() + 1)  # one R class stands for its D class: L classes join R classes
+        rows, columns = self.r_classes, self.l_classes
+        root = np.arange(rows.max() + 1)  # one R class stands for its D class: L classes join R classes
         while True:
-            lowest = np.full(l.max() + 1, len(root))
-            np.minimum.at(lowest, l, root[r])
+            lowest = np.full(columns.max() + 1, len(root))
+            np.minimum.at(lowest, columns, root[rows])
             joined = root.copy()
-            np.minimum.at(joined, r, lowest[l])
+            np.minimum.at(joined, rows, lowest[columns])
             joined = joined[joined]
             if np.array_equal(joined, root):
-                return np.unique(root[r], return_inverse=True)[1]
+                return np.unique(root[rows], return_inverse=True)[1]
             root = joined
 
     def _require_complete(self) -> None:
         if not self.complete:
             raise UsageError(f"unknown: the monoid has more than {self.size - 1} elements")
 
-    # --- idempotents ---------------------------------------------------------------------------------------------------
+    # --- idempotents -------------------------------------------------------------------------------------------------
 
     @cached_property
     def idempotents(self) -> Int[np.ndarray, "E"]:
@@ -203,7 +212,7 @@ class Monoid:
         """W: e f e = f e for all idempotents."""
         if self.one_idempotent_per_image.holds is False:
             return self.one_idempotent_per_image  # e f e = e, f e = f
-        return self._pairs(lambda e, f: e[f][:, e] == e[f])
+        return self._pairs(_last_wins)
 
     @cached_property
     def locally_one_idempotent_per_image(self) -> Property:
@@ -219,7 +228,11 @@ class Monoid:
             return self.last_wins
         if self.locally_one_idempotent_per_image.holds is False:
             return self.locally_one_idempotent_per_image
-        return self._locally(lambda below: self._pairs(lambda e, f: e[f][:, e] == e[f], below))
+        return self._locally(lambda below: self._pairs(_last_wins, below))
+
+    @property
+    def _budget(self) -> int:
+        return MAX_PAIRS if self.complete else MAX_PAIRS // 10
 
     def _images(self, elements: np.ndarray) -> Bool[np.ndarray, "E Q"]:
         """Mark the states in the image of some elements."""
@@ -239,18 +252,18 @@ class Monoid:
                 return Property(False, (other, element))
         return Property(otherwise.holds if self.complete else None)
 
-    def _pairs(self, law, elements: np.ndarray | None = None) -> Property:
+    def _pairs(self, law: Law, elements: np.ndarray | None = None) -> Property:
         """Fail with the first pair of idempotents e, f for which the law, given e and all f, is not true everywhere."""
         elements = self.idempotents if elements is None else elements
         rows = self.elements[elements]
-        affordable = MAX_PAIRS // max(1, rows.size)
+        affordable = self._budget // max(1, rows.size)
         for i, e in enumerate(rows[:affordable]):
             true = law(e, rows).all(axis=1)
             if not true.all():
                 return Property(False, (int(elements[i]), int(elements[np.argmin(true)])))
         return Property(True if self.complete and affordable >= len(rows) else None)
 
-    def _locally(self, test) -> Property:
+    def _locally(self, test: Callable[[np.ndarray], Property]) -> Property:
         """Test the idempotents below every maximal idempotent that a word which is not empty has as its effect."""
         reached = self.idempotents[self.idempotents > 0] if 0 not in self._rows else self.idempotents
         rows = self.elements[self.idempotents]
@@ -260,7 +273,7 @@ class Monoid:
             if covered[e]:
                 continue  # e M e lies in the local monoid of a larger idempotent
             spent += rows.size
-            if spent > MAX_PAIRS:
+            if spent > self._budget:
                 undecided = True
                 break
             effect = self.elements[e]
@@ -272,7 +285,7 @@ class Monoid:
             undecided |= found.holds is None
         return Property(None if undecided else True)
 
-    # --- groups --------------------------------------------------------------------------------------------------------
+    # --- groups ------------------------------------------------------------------------------------------------------
 
     def cycles(self, element: int) -> list[tuple[int, ...]]:
         """Return the cycles that the element's powers run through in the end, longest first."""
@@ -343,50 +356,23 @@ class Monoid:
         return all(len(np.unique(effect)) == len(effect) for effect in self.generators)
 
 
+def _last_wins(e: np.ndarray, f: np.ndarray) -> np.ndarray:
+    return e[f][:, e] == e[f]  # e f e is: first e, then f, then e
+
+
+def letter_names(automaton: Automaton) -> tuple[str, ...]:
+    """Return printable names of the letters: their own, the characters if there are 256, else numbers."""
+    if automaton.letters is None and automaton.alphabet != 256:
+        return tuple(str(letter) for letter in range(automaton.alphabet))
+    names = automaton.letters or tuple(chr(byte) for byte in range(256))
+    return tuple(name if name.isprintable() else ascii(name)[1:-1] for name in names)
+
+
 def _letter_classes(automaton: Automaton) -> tuple[tuple[int, ...], ...]:
-    """Return the letters of equal columns, in order of first appearance; letters and digits before other signs."""
+    """Return the letters of equal columns, classes in order of first appearance, letters and digits first in each."""
     classes: dict[bytes, list[int]] = {}
     for letter, column in enumerate(automaton.table.T):
         classes.setdefault(column.tobytes(), []).append(letter)
-    names = automaton.letters
-    if names is None:
-        return tuple(map(tuple, classes.values()))
-    return tuple(
-        tuple(sorted(c, key=lambda x: (not names[x].isalnum() or not names[x].isascii(), not names[x].isprintable(), x)))
-        for c in classes.values()
-    )
-
-
-def strong_components(successors: Int[np.ndarray, "V X"]) -> Int[np.ndarray, "V"]:
-    """Number the strongly connected components of a graph (Tarjan 1972, without recursion)."""
-    edges = successors.tolist()
-    index, low, component = [-1] * len(edges), [0] * len(edges), [-1] * len(edges)
-    stack: list[int] = []
-    count = components = 0
-    for root in range(len(edges)):
-        if index[root] != -1:
-            continue
-        index[root] = low[root] = count
-        count += 1
-        stack.append(root)
-        path = [(root, iter(edges[root]))]
-        while path:
-            v, targets = path[-1]
-            for w in targets:
-                if index[w] == -1:
-                    index[w] = low[w] = count
-                    count += 1
-                    stack.append(w)
-                    path.append((w, iter(edges[w])))
-                    break
-                if component[w] == -1:
-                    low[v] = min(low[v], index[w])
-            else:
-                path.pop()
-                if path:
-                    low[path[-1][0]] = min(low[path[-1][0]], low[v])
-                if low[v] == index[v]:
-                    while component[v] == -1:
-                        component[stack.pop()] = components
-                    components += 1
-    return np.array(component)
+    names = letter_names(automaton)
+    signs = [not (name.isalnum() and name.isascii()) for name in names]
+    return tuple(tuple(sorted(members, key=lambda x: (signs[x], x))) for members in classes.values())

@@ -6,7 +6,8 @@ Legend: n states. Costs: docs/theory.md, Constructions 1, 5 and 6.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -45,22 +46,54 @@ def is_full_transformation_monoid(monoid: Monoid) -> bool:
     return PermutationGroup([Permutation(p) for p in permutations]).order() == math.factorial(n)
 
 
-def permutation_cost(automaton: Automaton) -> int:
-    """Return the swaps that the dearest letter of a permutation automaton takes: n - number of cycles."""
-    return max(automaton.states - _components(effect) for effect in automaton.table.T.tolist())
-
-
 def merge_cost(automaton: Automaton) -> int:
-    """Return the swaps and merges that the dearest letter takes: n - number of components of its graph."""
+    """Return the swaps and merges of states that the dearest letter takes: n - number of components of its graph.
+
+    For a permutation, a component is a cycle, and there are swaps only.
+    """
     return max(automaton.states - _components(effect) for effect in automaton.table.T.tolist())
+
+
+def symmetric_cost(monoid: Monoid) -> int | None:
+    """Return the swaps that the dearest letter takes if the words form S_n or A_n, n >= 3, acting on n points.
+
+    A letter of S_n is known by its order and the size of its class, as far as these tell; where they do not, the dearer
+    one counts, and in A_n all letters count as n - 1.
+    """
+    if not (monoid.is_group and monoid.complete and monoid.subgroups):
+        return None
+    group = monoid.subgroups[0]
+    if group.name[:1] not in ("S", "A") or not group.name[1:].isdigit():
+        return None
+    n = int(group.name[1:])
+    if group.name[0] == "A":
+        return n - 1
+    place = {element: i for i, element in enumerate(group.elements.tolist())}
+    letters = [place[monoid.element(names[:1])] for names in monoid.letters]
+    kinds = {(int(group.orders[x]), group.class_size(x)) for x in letters}
+    return max(cost for order, size, cost in _cycle_types(n) if (order, size) in kinds)
+
+
+def _cycle_types(n: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (order, size, n - number of cycles) of the classes of S_n."""
+
+    def partitions(left: int, largest: int) -> Iterator[tuple[int, ...]]:
+        if left == 0:
+            yield ()
+        for part in range(min(left, largest), 0, -1):
+            yield from ((part, *rest) for rest in partitions(left - part, part))
+
+    for parts in partitions(n, n):
+        commuting = math.prod(length**k * math.factorial(k) for length, k in Counter(parts).items())
+        yield math.lcm(*parts), math.factorial(n) // commuting, n - len(parts)
 
 
 def injection_reset_cost(automaton: Automaton, gate: bool) -> int | None:
     """Return the factors that one layer with a one-hot state needs; None if a letter does not fit.
 
     Every letter must be a reset to one state, or injective on the states that are not lost; a lost state, which no
-    letter leaves, is the zero vector. A path or cycle of length l takes l - 1 swaps, a path one projection more; a reset
-    a projection of every coordinate, or none with a gate, which then needs one factor to write.
+    letter leaves, is the zero vector. A path or cycle of length l takes l - 1 swaps, a path one projection more; a
+    reset a projection of every coordinate, or none with a gate, which then needs one factor to write.
     """
     columns = automaton.table.T.tolist()
     sinks = [q for q in range(automaton.states) if all(effect[q] == q for effect in columns)]

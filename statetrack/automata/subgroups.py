@@ -58,6 +58,12 @@ class Subgroup:
         images = np.argsort(self.permutations[element])[list(self.base)]
         return int(self._find(images[:, None])[0])
 
+    def class_size(self, element: int) -> int:
+        """Return how many elements are conjugate to this one: the order over the number that commute with it."""
+        images = self.permutations[element]
+        before = self._find([self.permutations[:, images[point]] for point in self.base])
+        return self.order // int((before == self.times(element)).sum())
+
     def _find(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """Return the elements with the given images of the base, one row per base point."""
         rank = np.zeros(len(images[0]) if len(images) else self.order, dtype=np.int64)

@@ -2,13 +2,14 @@
 
 A stack of layers tracks an automaton if, after every token of every word, its output tells the automaton's, with a
 margin (states closer than some delta > 0 count as the same) and in exact arithmetic on bounded states. A layer is
-S_t = A(x_t) S_{t-1} + B(x_t), read as dec(S_t, x_t); A, B and dec may be any functions. "no" follows from a theorem whose
-hypotheses hold here, "yes" from a construction, everything else is "unknown". Statements and proofs: docs/theory.md.
+S_t = A(x_t) S_{t-1} + B(x_t), read as dec(S_t, x_t); A, B and dec may be any functions. "no" follows from a theorem
+whose hypotheses hold here, "yes" from a construction, everything else is "unknown". Proofs: docs/theory.md.
+
+P1 is Grazzi et al. (arXiv 2411.12537), P2 Siems et al. (2502.10297).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -22,7 +23,7 @@ from statetrack.automata.shapes import (
     injection_reset_cost,
     is_full_transformation_monoid,
     merge_cost,
-    permutation_cost,
+    symmetric_cost,
 )
 from statetrack.automata.witness import Witness, cycle_witness, local_witness, pair_witness
 from statetrack.errors import UsageError
@@ -135,7 +136,7 @@ def lower_bounds(automaton: Automaton | Monoid, window: int = 0) -> Bounds:
     monoid = automaton if isinstance(automaton, Monoid) else Monoid(automaton)
     order = definite_order(monoid.automaton)
     if order is not None and order <= window + 1:
-        return Bounds(0, f"the last {order} tokens decide")
+        return Bounds(0, _last(order))
     found = [Bounds(1, "no window decides alone")]
     if is_full_transformation_monoid(monoid):
         n = monoid.automaton.states
@@ -178,7 +179,9 @@ def _limits(m: Monoid, s: Structure) -> Iterator[_Limit]:
     yield from _one_layer_limits(m, s)
     n = m.automaton.states
     if is_full_transformation_monoid(m) and n > 2:
-        yield _Limit(COMPLEXITY, f"the words do all {n}^{n} maps of {n} states, which takes {n - 1} layers", layers=n - 1)
+        yield _Limit(
+            COMPLEXITY, f"the words do all {n}^{n} maps of {n} states, which takes {n - 1} layers", layers=n - 1
+        )
 
 
 def _group_limits(m: Monoid, s: Structure) -> Iterator[_Limit]:
@@ -224,6 +227,10 @@ def _one_layer_limits(m: Monoid, s: Structure) -> Iterator[_Limit]:
             yield _Limit(ONE_REFLECTION, reason, cycle_witness(m, slow), factors=2)
 
 
+def _last(order: int) -> str:
+    return "the last token decides" if order == 1 else f"the last {order} tokens decide"
+
+
 def _inside(window: int) -> str:
     return " of one local monoid" if window else ""
 
@@ -236,20 +243,20 @@ def _local(window: int) -> str:
 
 Found = Iterator[tuple[str, str]]
 ROTATIONS = ("Z", "D", "S3", "A4", "S4", "A5")
-"""The finite groups of rotations of a plane or of space, by the beginnings of their names."""
+"""The groups whose elements are rotations of a plane or of space, or of several planes at once (Z2 x Z12), by names."""
 
 
 def _constructions(m: Monoid, s: Structure) -> Found:
     """Yield the constructions that the structure has room for: (who gives it, what it does)."""
     order = definite_order(m.automaton)
     if order is not None and order <= s.window + 1:
-        yield "docs/theory.md, Construction 1", f"the last {order} tokens decide, and the first layer sees them"
+        yield "docs/theory.md, Construction 1", f"{_last(order)}, and the first layer sees as much"
     if s.family == "nonlinear":
         yield "Minsky 1967 (an RNN with one unit per state and letter)", "a nonlinear recurrence follows any automaton"
     if s.family in ("attention", "nonlinear"):
         return
     if order is not None:
-        yield "docs/theory.md, Construction 1", f"the last {order} tokens decide; a decaying state holds them"
+        yield "docs/theory.md, Construction 1", f"{_last(order)}; a decaying state holds them"
     if not s.selective or not _keeps_and_forgets(s):
         return
     yield from _any_depth(m, s)
@@ -299,17 +306,22 @@ def _householder_stack(m: Monoid, s: Structure) -> Found:
         return
     cost = injection_reset_cost(m.automaton, s.gate)
     if cost is not None and cost <= n:
-        yield "docs/theory.md, Construction 5", f"every letter moves or resets a one-hot state with {cost} factors"
+        yield "docs/theory.md, Construction 5", f"every letter moves or resets a one-hot state: {_factors(cost)}"
     if m.is_group and m.complete and m.subgroups:
         name = m.subgroups[0].name
-        if permutation_cost(m.automaton) <= n:
-            yield "P1 Theorem 3, P2 Theorem 1", "every letter permutes the states with that many swaps"
-        if n >= 2 and name.startswith(ROTATIONS) and " x " not in name:
-            yield "P2 Theorem 4", f"{name} is a group of rotations: two reflections for each letter"
-        if layers >= 2 and name.startswith("Z") and " x " not in name:
+        swaps = symmetric_cost(m)
+        if swaps is not None and swaps <= n:
+            yield "P1 Theorem 3, P2 Theorem 1", f"every letter permutes points, {name} in all: {_factors(swaps)}"
+        if n >= 2 and name.startswith(ROTATIONS):
+            yield "P1 Theorem 3, P2 Theorem 4", f"{name}: a rotation for each letter, made of 2 factors"
+        if layers >= 2 and name.startswith("Z"):
             yield "P1 Theorem 6", f"{name}: two layers of reflections count"
         if layers >= (4 if n == 1 else 3):
             yield "P2 Theorem 1", f"{name} is a group of permutations: {4 if n == 1 else 3} layers follow it"
+
+
+def _factors(number: int) -> str:
+    return f"{number} factors" if number != 1 else "1 factor"
 
 
 def _dplr_stack(m: Monoid, s: Structure) -> Found:
@@ -352,5 +364,3 @@ def _open_question(m: Monoid, s: Structure) -> str:
     more = " and factors" if s.family in ("householder", "dplr") else ""
     number = "1 layer" if s.layers == 1 else f"{s.layers} layers"
     return f"no theorem excludes {number}, and no construction here is that small; more layers{more} may do"
-
-

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from statetrack.automata.automaton import Automaton
-from statetrack.automata.monoid import Monoid
+from statetrack.automata.monoid import Monoid, letter_names
 
 
 @dataclass(frozen=True)
 class Witness:
     """Words (as letters of the automaton), and states of the minimal automaton, with a sentence that explains them.
 
-    A cycle: words = (prefix, word), and from states[0], where the prefix leads, the word runs through `states` and back.
-    Two idempotents: words = (e, f), or (e, f, i) inside a local monoid, each doing twice what it does once. From state
-    states[0], e and f (if e f does what e does, and f e what f does; else e f e and f e) lead to states[1] and states[2].
+    A cycle: words = (prefix, word), and from states[0], where the prefix leads, the word runs through `states` and
+    back. Two idempotents: words = (e, f), or (e, f, i) inside a local monoid, each doing twice what it does once. From
+    states[0], e and f (if e f does what e does, and f e what f does; else e f e and f e) lead to states[1] and [2].
     """
 
     words: tuple[tuple[int, ...], ...]
@@ -31,9 +31,8 @@ class Witness:
 
 def spell(automaton: Automaton, word: Sequence[int], longest: int = 60) -> str:
     """Return a word as people write it: letters joined if all are single characters, else with spaces."""
-    names = automaton.letters or tuple(str(letter) for letter in range(automaton.alphabet))
-    chosen = [names[x] if names[x].isprintable() else ascii(names[x])[1:-1] for x in word]
-    text = ("" if all(len(name) == 1 for name in names) else " ").join(chosen)
+    chosen = [letter_names(automaton)[x] for x in word]
+    text = ("" if all(len(name) == 1 for name in chosen) else " ").join(chosen)
     return "the empty word" if not word else f"'{text if len(text) <= longest else text[: longest - 3] + '...'}'"
 
 
@@ -67,7 +66,7 @@ def cycle_witness(m: Monoid, element: int) -> Witness:
 
 def pair_witness(m: Monoid, elements: tuple[int, ...]) -> Witness:
     """Show two idempotents that differ although each undoes the other, or for which e f e is not f e."""
-    e, f = elements[:2]
+    e, f = elements
     efe, fe = m.product(m.product(e, f), e), m.product(f, e)
     same_image = m.product(e, f) == e and m.product(f, e) == f
     left, right = (e, f) if same_image else (efe, fe)
@@ -84,6 +83,6 @@ def pair_witness(m: Monoid, elements: tuple[int, ...]) -> Witness:
 
 def local_witness(m: Monoid, elements: tuple[int, ...]) -> Witness:
     """Show such a pair e, f inside the local monoid of an idempotent i."""
-    found = pair_witness(m, elements)
-    inside = spell(m.automaton, m.word(elements[2]))
-    return Witness(found.words, found.states, f"{found.text}; both begin and end like i = {inside}, i i = i")
+    found, identity = pair_witness(m, elements[:2]), m.word(elements[2], empty=False)
+    text = f"{found.text}; both begin and end like i = {spell(m.automaton, identity)}, i i = i"
+    return Witness((*found.words, identity), found.states, text)
