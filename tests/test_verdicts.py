@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from statetrack.automata import Automaton
 from statetrack.automata.monoid import Monoid
 from statetrack.automata.shapes import definite_order, injection_reset_cost, is_full_transformation_monoid, merge_cost
-from statetrack.automata.verdicts import Structure, Verdict, judge, lower_bounds
+from statetrack.automata.verdicts import Family, Structure, Verdict, judge, lower_bounds
 from statetrack.automata.witness import Witness, access_words
 from statetrack.errors import UsageError
 from tests.test_automata import automata
@@ -93,6 +94,12 @@ KNOWN: list[tuple[Structure, Automaton, str, int | None, int]] = [
     (replace(RWKV7, layers=4), full(6), "yes", 1, 1),
     (replace(RWKV7, layers=1, factors=4), full(6), "unknown", 1, 1),
     (one(DELTANET, factors=2), accepting([[1, 2], [2, 0], [2, 2]], 0), "yes", 1, 1),
+    (one(RWKV7), GROUPS["Z3"], "unknown", 1, 1),
+    (one(RWKV7), GROUPS["Z2 x Z2"], "yes", 1, 1),
+    (replace(RWKV7, eigenvalues=(0.0, 1.0)), PARITY, "unknown", 1, 1),
+    (replace(RWKV7, eigenvalues=(0.0, 1.0)), A_THEN_B, "yes", 1, 1),
+    (one(COMPLEX, eigenvalues=(0.0, 1.0)), GROUPS["Z3"], "yes", 1, 1),
+    (one(replace(DELTANET_0, factors=1)), GROUPS["Z2 x Z2"], "no", None, 1),
     (Structure(family="attention", layers=4), GROUPS["S5"], "unknown", 1, 1),
     (Structure(family="attention", layers=4), PARITY, "unknown", 1, 1),
     (Structure(family="attention"), LAST_A, "yes", 1, 1),
@@ -185,7 +192,7 @@ def check_witness(automaton: Automaton, witness: Witness) -> None:
 
 # --- laws ------------------------------------------------------------------------------------------------------------
 
-FAMILIES = st.sampled_from(["diagonal", "complex-diagonal", "householder", "dplr", "attention", "nonlinear"])
+FAMILIES: st.SearchStrategy[Family] = st.sampled_from(get_args(Family))
 RANGES = st.sampled_from([(0.0, 1.0), (-1.0, 1.0), (-0.5, 1.0), (-0.5, 0.5), (-1.0, 0.5), (0.2, 1.0), (-1.0, -0.5)])
 
 

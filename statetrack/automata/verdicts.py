@@ -241,6 +241,7 @@ def _local(window: int) -> str:
 
 # --- what can be -----------------------------------------------------------------------------------------------------
 
+RWKV7 = "Peng et al. 2025 (RWKV-7), P2 Table 1"
 Found = Iterator[tuple[str, str]]
 ROTATIONS = ("Z", "D", "S3", "A4", "S4", "A5")
 """The groups whose elements are rotations of a plane or of space, or of several planes at once (Z2 x Z12), by names."""
@@ -274,7 +275,9 @@ def _any_depth(m: Monoid, s: Structure) -> Found:
     lo, _ = s.eigenvalues
     if s.layers is not None:
         return
-    if s.family in ("householder", "dplr") and lo == -1:
+    if s.family == "dplr" and lo == -1:
+        yield RWKV7, "four layers recognise every regular language"
+    elif s.family == "householder" and lo == -1:
         yield "P1 Theorem 4, P2 Theorem 2; docs/theory.md, Construction 4", "every regular language, with enough layers"
     elif m.aperiodic.holds:
         yield "Krohn-Rhodes; docs/theory.md, Construction 2", "star-free: a cascade of resets, with enough layers"
@@ -287,7 +290,7 @@ def _any_depth(m: Monoid, s: Structure) -> Found:
 def _diagonal_stack(m: Monoid, s: Structure) -> Found:
     """Yield what a given number of diagonal layers can do: one is enough for these."""
     lo, _ = s.eigenvalues
-    real = s.family == "diagonal"
+    real = s.family != "complex-diagonal"
     if m.is_group and m.complete and (lo == -1 or not real):
         group = next(iter(m.subgroups), None)
         depth = 0 if group is None else group.two_length if real else group.derived_length
@@ -332,7 +335,7 @@ def _dplr_stack(m: Monoid, s: Structure) -> Found:
         if cost <= s.factors:
             yield "P2 Theorem 6; docs/theory.md, Construction 6", f"every letter is {cost} swaps and merges of states"
         if (s.layers or 1) >= 4:
-            yield "Peng et al. 2025 (RWKV-7), P2 Table 1", "four layers recognise every regular language"
+            yield RWKV7, "four layers recognise every regular language"
 
 
 _STACKS: dict[str, Callable[[Monoid, Structure], Found]] = {
