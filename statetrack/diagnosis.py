@@ -17,8 +17,8 @@ from statetrack.model import Config
 from statetrack.tasks import AutomatonTask, Task
 from statetrack.tasks.chomsky import ModularArithmetic, Parity
 
-QUICK_CAP = 20_000
-"""elements of the monoid that a warning may cost"""
+QUICK = 20_000_000
+"""entries of products of the monoid that a warning may compute"""
 
 STRUCTURES: dict[type, Callable[[Any], Structure]] = {
     DeltaProductConfig: lambda c: _linear("householder", c, factors=c.factors, gate=c.gate),
@@ -63,7 +63,7 @@ def warning(task: Task, model: Config) -> str | None:
     if automaton is None or automaton.table.size > 200_000 or not known:
         return None
     automaton, token_by_token = _asked(task)
-    monoid, layers = Monoid(automaton, QUICK_CAP), _layers(model)
+    monoid, layers = Monoid(automaton, max(1, min(20_000, QUICK // automaton.table.size))), _layers(model)
     verdict = _judge(monoid, layers, token_by_token)
     if verdict.answer != "no":
         return None

@@ -138,7 +138,7 @@ def test_warnings_name_the_way_out(task: str, configuration: MixerConfig, way_ou
     assert can_track(get_task(task), followed).answer != "no"
 
 
-@pytest.mark.parametrize("task", ["group:S6", "group:A6_up_to_3", "group:D60", "group:Z1000"])
+@pytest.mark.parametrize("task", ["group:S6", "group:S7_swaps", "group:A6_up_to_3", "group:D60", "group:Z400"])
 def test_a_warning_takes_no_time(task: str):
     asked = get_task(task)
     began = time.perf_counter()

@@ -75,7 +75,7 @@ class Monoid:
                     parent.append(first + i // generators)
                     last.append(i % generators)
                 rows.append(number)
-                if len(parent) > cap or len(rows) > MAX_PRODUCTS:
+                if first and (len(parent) > cap or len(rows) > MAX_PRODUCTS):  # the letters are always found
                     self.complete = False
                     break
             first += len(block)
@@ -293,12 +293,14 @@ class Monoid:
         state = set(range(len(effect)))
         while (image := {effect[q] for q in state}) != state:
             state = image
-        found = []
-        while state:
-            cycle = [min(state)]
-            while (q := effect[cycle[-1]]) != cycle[0]:
+        found, done = [], set()
+        for first in sorted(state):
+            if first in done:
+                continue
+            cycle = [first]
+            while (q := effect[cycle[-1]]) != first:
                 cycle.append(q)
-            state -= set(cycle)
+            done.update(cycle)
             found.append(tuple(cycle))
         return sorted(found, key=len, reverse=True)
 

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from statetrack.automata.automaton import Automaton
 from statetrack.automata.monoid import Monoid, letter_names
 
@@ -66,17 +68,16 @@ def cycle_witness(m: Monoid, element: int) -> Witness:
 
 def pair_witness(m: Monoid, elements: tuple[int, ...]) -> Witness:
     """Show two idempotents that differ although each undoes the other, or for which e f e is not f e."""
-    e, f = elements
-    efe, fe = m.product(m.product(e, f), e), m.product(f, e)
-    same_image = m.product(e, f) == e and m.product(f, e) == f
-    left, right = (e, f) if same_image else (efe, fe)
-    q = next(q for q in range(m.automaton.states) if m.elements[left, q] != m.elements[right, q])
+    e, f = (m.elements[x].astype(np.int64) for x in elements)
+    same_image = bool((f[e] == e).all() and (e[f] == f).all())
+    left, right = (e, f) if same_image else (e[f[e]], e[f])  # e f e: first e, then f, then e
+    q = int(np.argmax(left != right))
     names = [spell(m.automaton, m.word(x)) for x in elements]
     prefix = access_words(m.automaton)[q]
     where = f"after {spell(m.automaton, prefix)}" if prefix else "at the start"
     law = "e f = e, f e = f" if same_image else "e e = e, f f = f"
     apart = "e and f" if same_image else "e f e and f e"
-    states = (int(m.elements[left, q]), int(m.elements[right, q]))
+    states = (int(left[q]), int(right[q]))
     text = f"e = {names[0]}, f = {names[1]}: {law}, but {where}, {apart} lead to states {states[0]} and {states[1]}"
     return Witness(tuple(m.word(x) for x in elements), (q, *states), text)
 
