@@ -35,7 +35,7 @@ def can_track(spec: Any, configuration: Structure | MixerConfig | Config) -> Ver
     spec: a Task, or whatever `statetrack.automata.specs.automaton_of` takes (a regular expression, "group:S5", an
     Automaton, a file). A task is judged on the sequences it really asks about. configuration: a `Structure`, one layer
     of a mixer, or a model. The answer is about every length, exact arithmetic and any weights: "no" is proved, "yes"
-    has a construction (training may still miss it), all else is "unknown".
+    has a construction if the layers are wide enough (training may still miss it), all else is "unknown".
     """
     automaton, token_by_token = _asked(spec)
     return _judge(Monoid(automaton), _layers(configuration), token_by_token)
