@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from statetrack.automata import Automaton as Automaton
+    from statetrack.automata.verdicts import Structure as Structure
+    from statetrack.automata.verdicts import Verdict as Verdict
+    from statetrack.diagnosis import can_track as can_track
+    from statetrack.diagnosis import explain as explain
     from statetrack.errors import UsageError as UsageError
     from statetrack.layers import AttentionConfig as AttentionConfig
     from statetrack.layers import DeltaProductConfig as DeltaProductConfig
@@ -26,6 +30,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Automaton": "automata",
+    "Structure": "automata.verdicts",
+    "Verdict": "automata.verdicts",
+    "can_track": "diagnosis",
+    "explain": "diagnosis",
     "UsageError": "errors",
     "AttentionConfig": "layers",
     "DeltaProductConfig": "layers",

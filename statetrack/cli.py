@@ -167,6 +167,21 @@ class DemoArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExplainArguments:
+    """statetrack explain '(0|1(01*0)*1)*' --alphabet 01
+
+    Say what can track a language and what cannot, with theorems and witnesses.
+    """
+
+    spec: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="REGEX|FILE|group:S5")]
+    """regular expression, automaton file, or group"""
+    alphabet: Annotated[str, tyro.conf.arg(metavar="LETTERS")] = "bytes"
+    """letters of a regular expression, such as 01; by default all bytes"""
+    flags: Annotated[str, tyro.conf.arg(metavar="LETTERS", help_behavior_hint="")] = ""
+    """flags of a regular expression: i ignores case, s lets the dot match newlines; default none"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TasksArguments:
     """statetrack tasks
 
@@ -180,6 +195,7 @@ Arguments = (
     | Annotated[PlotArguments, tyro.conf.subcommand("plot")]
     | Annotated[ReproduceArguments, tyro.conf.subcommand("reproduce")]
     | Annotated[DemoArguments, tyro.conf.subcommand("demo")]
+    | Annotated[ExplainArguments, tyro.conf.subcommand("explain")]
     | Annotated[TasksArguments, tyro.conf.subcommand("tasks")]
 )
 VERBS = {
@@ -188,6 +204,7 @@ VERBS = {
     PlotArguments: "plot",
     ReproduceArguments: "reproduce",
     DemoArguments: "demo",
+    ExplainArguments: "explain",
     TasksArguments: "tasks",
 }
 """The function in `statetrack.verbs` that does what the arguments say."""

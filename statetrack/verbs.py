@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from statetrack.cli import (
     MIXERS,
     DemoArguments,
     EvaluateArguments,
+    ExplainArguments,
     PlotArguments,
     ReproduceArguments,
     TasksArguments,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 def train(a: TrainArguments) -> None:
     """Train one run and draw its curves."""
+    from statetrack.diagnosis import warning
     from statetrack.plots import training_curve
     from statetrack.runs import Run
     from statetrack.train import train as run_training
@@ -56,6 +59,8 @@ def train(a: TrainArguments) -> None:
         precision=a.precision,
     )
     path = a.out or Path("runs") / run_name(a)
+    if found := warning(task, settings.model):
+        print(f"warning: {found}", file=sys.stderr)
     with Bars() as bars:
 
         def report(row: dict[str, Any]) -> None:
@@ -255,6 +260,13 @@ def demo(a: DemoArguments) -> None:
     from statetrack.demo import demo as run_demo
 
     run_demo(a.out, a.seed, a.workers)
+
+
+def explain(a: ExplainArguments) -> None:
+    """Print one page on a language."""
+    from statetrack.diagnosis import explain as page
+
+    _say(page(a.spec, alphabet=a.alphabet, flags=a.flags))
 
 
 def tasks(_: TasksArguments) -> None:
