@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from statetrack.layers import AttentionConfig, DeltaProductConfig, LSTMConfig, MambaConfig, MixerConfig
-from statetrack.ops import delta_rule, selective_scan
+from statetrack.ops import delta_rule, gated_linear_attention, selective_scan
 
 Make = Callable[[torch.Generator, int, int], dict[str, Any]]
 
@@ -76,8 +76,32 @@ def scan_inputs(D: int = 6, M: int = 3, skip: bool = True) -> Make:
     return make
 
 
+EDGES = (0.0, 1e-30, -1e-30, 1.0, -1.0, 0.5, -0.5)
+"""decays at which a formula by logarithms or quotients goes wrong: resets, tiny ones, and sign changes"""
+
+
+def attention_inputs(
+    H: int = 2, Hk: int | None = None, K: int = 5, V: int = 4, decay: str = "head", hard: bool = False
+) -> Make:
+    """Draw arguments of `gated_linear_attention`, with decays of both signs; hard: from `EDGES` alone."""
+
+    def make(g: torch.Generator, B: int, T: int) -> dict[str, Any]:
+        normal, uniform = draws(g)
+        heads = Hk or H
+        x = {"q": normal(B, T, heads, K), "k": normal(B, T, heads, K), "v": normal(B, T, H, V)}
+        shape = (B, T, H) if decay == "head" else (B, T, H, K)
+        x["decay"] = torch.where(uniform(*shape) < 0.3, -1, 1) * uniform(*shape) ** 0.2
+        if hard:
+            x["decay"] = torch.tensor(EDGES, dtype=torch.float64)[torch.randint(0, len(EDGES), shape, generator=g)]
+        x["initial_state"] = normal(B, H, K, V)
+        return x
+
+    return make
+
+
 DELTA = ("q", "k", "v", "beta", "log_decay")
 SCAN = ("u", "dt", "B", "C")
+ATTENTION = ("q", "k", "v", "decay")
 
 OPS = [
     OpCase("delta", delta_rule, delta_inputs(), DELTA),
@@ -94,6 +118,15 @@ OPS = [
     OpCase("scan-[-1,1]", selective_scan, scan_inputs(), SCAN, {"eigenvalues": (-1.0, 1.0)}),
     OpCase("scan-[0,1]", selective_scan, scan_inputs(), SCAN, {"eigenvalues": (0.0, 1.0)}),
     OpCase("scan-[-0.5,0.25]", selective_scan, scan_inputs(skip=False), SCAN, {"eigenvalues": (-0.5, 0.25)}),
+    OpCase("attention-head-decay", gated_linear_attention, attention_inputs(), ATTENTION),
+    OpCase("attention-key-decay", gated_linear_attention, attention_inputs(K=20, decay="key"), ATTENTION),
+    OpCase("attention-shared-heads", gated_linear_attention, attention_inputs(H=4, Hk=2), ATTENTION),
+    OpCase(
+        "attention-shared-heads-key-decay", gated_linear_attention, attention_inputs(H=4, Hk=2, decay="key"), ATTENTION
+    ),
+    OpCase("attention-hard", gated_linear_attention, attention_inputs(hard=True), ATTENTION),
+    OpCase("attention-hard-key-decay", gated_linear_attention, attention_inputs(decay="key", hard=True), ATTENTION),
+    OpCase("attention-scale", gated_linear_attention, attention_inputs(K=1, V=1, decay="key"), ATTENTION, {"scale": 3}),
 ]
 
 
