@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from statetrack.layers import AttentionConfig, DeltaProductConfig, LSTMConfig, MambaConfig, MixerConfig
-from statetrack.ops import delta_rule, gated_linear_attention, selective_scan
+from statetrack.ops import delta_rule, dplr, gated_linear_attention, selective_scan
 
 Make = Callable[[torch.Generator, int, int], dict[str, Any]]
 
@@ -99,9 +99,35 @@ def attention_inputs(
     return make
 
 
+def dplr_inputs(
+    H: int = 2, Hk: int | None = None, K: int = 5, V: int = 4, decay: bool = True, hard: bool = False
+) -> Make:
+    """Draw arguments of `dplr`: corrections near -rate kh kh^T, not symmetric; hard: swaps, merges and many resets."""
+
+    def make(g: torch.Generator, B: int, T: int) -> dict[str, Any]:
+        normal, uniform = draws(g)
+        heads = Hk or H
+        x = {"q": normal(B, T, heads, K), "k": normal(B, T, heads, K), "v": normal(B, T, H, V)}
+        key = torch.nn.functional.normalize(normal(B, T, H, K), dim=-1)
+        x |= {"a": key, "b": -2 * uniform(B, T, H, 1) * (key + 0.1 * normal(B, T, H, K))}
+        if hard:
+            i, j = torch.randint(0, K, (2, B, T, H), generator=g)
+            one, other = torch.eye(K, dtype=torch.float64)[i], torch.eye(K, dtype=torch.float64)[j]
+            swap = uniform(B, T, H, 1) < 0.5
+            x |= {"a": torch.where(swap, one - other, one), "b": other - one}
+        if decay:
+            x["log_decay"] = -uniform(B, T, H, K)
+            x["log_decay"][uniform(B, T, H, K) < (0.2 if hard else 0.03)] = -torch.inf
+        x["initial_state"] = normal(B, H, K, V)
+        return x
+
+    return make
+
+
 DELTA = ("q", "k", "v", "beta", "log_decay")
 SCAN = ("u", "dt", "B", "C")
 ATTENTION = ("q", "k", "v", "decay")
+DPLR = ("q", "k", "v", "a", "b", "log_decay")
 
 OPS = [
     OpCase("delta", delta_rule, delta_inputs(), DELTA),
@@ -127,6 +153,12 @@ OPS = [
     OpCase("attention-hard", gated_linear_attention, attention_inputs(hard=True), ATTENTION),
     OpCase("attention-hard-key-decay", gated_linear_attention, attention_inputs(decay="key", hard=True), ATTENTION),
     OpCase("attention-scale", gated_linear_attention, attention_inputs(K=1, V=1, decay="key"), ATTENTION, {"scale": 3}),
+    OpCase("dplr", dplr, dplr_inputs(decay=False), DPLR),
+    OpCase("dplr-decay", dplr, dplr_inputs(K=20, V=12), DPLR),
+    OpCase("dplr-shared-heads", dplr, dplr_inputs(H=4, Hk=2), DPLR),
+    OpCase("dplr-hard", dplr, dplr_inputs(decay=False, hard=True), DPLR),
+    OpCase("dplr-hard-decay", dplr, dplr_inputs(hard=True), DPLR),
+    OpCase("dplr-scale", dplr, dplr_inputs(K=1, V=1), DPLR, {"scale": 0.7}),
 ]
 
 

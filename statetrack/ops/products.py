@@ -2,8 +2,8 @@
 
 Position 0 is the state before a chunk's first token, position t the state after its token t, and L_ij = a_{j+1} .. a_i
 (j <= i) what a write at j has become at i. L is built by multiplication alone, a row from the row above: nothing
-overflows, a decay of 0 or 1e-30 needs no special case, and a sign is a sign. A write k_j v_j^T and a read q_i meet in the
-score q_i . L_ij k_j. The gradient to a decay is that of its definition, S_t = a_t S_{t-1} + ..,
+overflows, a decay of 0 or 1e-30 needs no special case, and a sign is a sign. A write k_j v_j^T and a read q_i meet in
+the score q_i . L_ij k_j. The gradient to a decay is that of its definition, S_t = a_t S_{t-1} + ..,
 
     dL/da_t = <dS_t, S_{t-1}> = sum_{i >= t > j} L_it (read_i, write_j) L_{t-1,j},
 
@@ -94,7 +94,8 @@ class KeyProducts:
         self, d_scores: Tensor, reads: Tensor, writes: Tensor, d_start: Tensor, d_end: Tensor, carried: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients to reads, writes and decays; for the arguments see `HeadProducts.backward`."""
-        (R, H, C, K), X, Y = self._decay.shape, *(t.shape[2] // self._decay.shape[2] for t in (reads, writes))
+        C, K = self._decay.shape[2:]
+        X, Y = reads.shape[2] // C, writes.shape[2] // C
         d_reads, d_writes, d_decay = torch.empty_like(reads), torch.empty_like(writes), torch.empty_like(self._decay)
         r, w, d = self._tokens(reads), self._tokens(writes), d_scores.flatten(0, 1)
         for piece, L in self._pieces():

@@ -5,9 +5,9 @@
 One decay per head is Mamba-2, mLSTM and RetNet, one per key channel GLA, HGRN2 and RWKV-6. The decays are the
 eigenvalues of the transition: in [0, 1] as published, in [-1, 1] the state can change its sign and follow a parity.
 
-References: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training, eq. 3 and section 4 (arXiv
-2312.06635); Dao and Gu, Transformers are SSMs (2405.21060); Grazzi et al., Unlocking State-Tracking in Linear RNNs
-Through Negative Eigenvalues, eq. 2 (2411.12537).
+References: Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training, eq. 3 and section 4
+(arXiv 2312.06635); Dao and Gu, Transformers are SSMs (2405.21060); Grazzi et al., Unlocking State-Tracking in Linear
+RNNs Through Negative Eigenvalues, eq. 2 (2411.12537).
 """
 
 from __future__ import annotations

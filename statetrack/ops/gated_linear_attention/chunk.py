@@ -1,7 +1,7 @@
 """Gated linear attention in chunks: dense algebra inside a chunk, one matrix product per chunk across them.
 
-With the products of decays L_ij inside the chunk (`statetrack.ops.products`), L_t0 from its start, L_Cj to its end, and S
-the state at its start,
+With the products of decays L_ij inside the chunk (`statetrack.ops.products`), L_t0 from its start, L_Cj to its end, and
+S the state at its start,
 
     o_t = L_t0 S^T q_t + sum_{j <= t} (q_t . L_tj k_j) v_j;   S <- L_C0 S + sum_j L_Cj k_j v_j^T
 
