@@ -10,7 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.layers import AttentionConfig, DeltaProductConfig, LSTMConfig, MambaConfig, MixerConfig
+from statetrack.layers import (
+    AttentionConfig,
+    DeltaProductConfig,
+    DenseRNNConfig,
+    GLAConfig,
+    HGRN2Config,
+    LSTMConfig,
+    Mamba2Config,
+    MambaConfig,
+    MixerConfig,
+    MLSTMConfig,
+    RetNetConfig,
+    RWKV6Config,
+    RWKV7Config,
+    SLSTMConfig,
+)
 from statetrack.ops import delta_rule, dplr, gated_linear_attention, selective_scan
 
 Make = Callable[[torch.Generator, int, int], dict[str, Any]]
@@ -179,6 +194,21 @@ LAYERS = [
     LayerCase("mamba", MambaConfig(dim=12, state_size=4)),
     LayerCase("mamba-no-conv", MambaConfig(dim=12, state_size=4, conv_size=0)),
     LayerCase("mamba-[0,1]", MambaConfig(dim=12, state_size=4, eigenvalues=(0.0, 1.0))),
+    LayerCase("kda", DeltaProductConfig(dim=16, heads=2, gate="key", output_gate=True)),
+    LayerCase("gla", GLAConfig(dim=16, heads=2)),
+    LayerCase("gla-[0,1]", GLAConfig(dim=16, heads=2, temperature=1.0, eigenvalues=(0.0, 1.0))),
+    LayerCase("mamba2", Mamba2Config(dim=12, heads=2, state_size=4)),
+    LayerCase("mamba2-groups-no-conv", Mamba2Config(dim=12, heads=4, groups=2, state_size=4, conv_size=0)),
+    LayerCase("mamba2-[0,1]", Mamba2Config(dim=12, heads=2, state_size=4, eigenvalues=(0.0, 1.0))),
+    LayerCase("retnet", RetNetConfig(dim=16, heads=2)),
+    LayerCase("hgrn2", HGRN2Config(dim=16, heads=2)),
+    LayerCase("mlstm", MLSTMConfig(dim=16, heads=2)),
+    LayerCase("mlstm-[0,1]", MLSTMConfig(dim=16, heads=2, eigenvalues=(0.0, 1.0))),
+    LayerCase("rwkv6", RWKV6Config(dim=16, heads=2)),
+    LayerCase("rwkv7", RWKV7Config(dim=16, heads=2)),
+    LayerCase("rwkv7-[0,1]", RWKV7Config(dim=16, heads=2, eigenvalues=(0.0, 1.0))),
     LayerCase("attention", AttentionConfig(dim=16, heads=2)),
     LayerCase("lstm", LSTMConfig(dim=16)),
+    LayerCase("slstm", SLSTMConfig(dim=16, heads=2)),
+    LayerCase("dense-rnn", DenseRNNConfig(dim=16, state_size=5)),
 ]
