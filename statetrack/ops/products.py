@@ -23,6 +23,11 @@ from torch import Tensor
 TILE_BYTES = 1 << 20  # of one [G C C K] temporary
 
 
+def key_chunk(width: int) -> int:
+    """Return how many tokens a chunk should have with a decay per key channel: pairs cost C^2 K, states K V."""
+    return min(16, max(4, width // 8))
+
+
 def between(decay: Tensor) -> Tensor:
     """Return L [... C+1 C+1 E], zero above the diagonal, from the decays [... C E]."""
     C, E = decay.shape[-2:]

@@ -23,9 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from statetrack.ops.layout import Block, Chunks
-from statetrack.ops.products import KeyProducts
+from statetrack.ops.products import KeyProducts, key_chunk
 
-CHUNK_TOKENS = 16  # a chunk costs C^2 K
 BLOCK_BYTES = 1 << 21  # of the largest temporary
 NAMES = ("q", "k", "v", "a", "b", "log_decay")
 
@@ -115,7 +114,7 @@ class _Chunked(torch.autograd.Function):
 
 def _cut(k: Tensor, v: Tensor, lengths: list[int], dtype: torch.dtype) -> Chunks:
     H, K, V = v.shape[2], k.shape[-1], v.shape[-1]
-    chunk = max(1, min(CHUNK_TOKENS, max(lengths, default=1)))
+    chunk = max(1, min(key_chunk(K), max(lengths, default=1)))
     row_bytes = H * max(2 * chunk * max(K, V, 2 * chunk), K * V) * dtype.itemsize
     return Chunks(lengths, chunk, max(1, BLOCK_BYTES // row_bytes), k.device)
 

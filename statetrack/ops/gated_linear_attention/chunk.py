@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from statetrack.ops.layout import Block, Chunks
-from statetrack.ops.products import HeadProducts, KeyProducts
+from statetrack.ops.products import HeadProducts, KeyProducts, key_chunk
 
-HEAD_TOKENS, KEY_TOKENS = 64, 16  # per chunk; one decay per key channel costs C^2 K inside a chunk
+HEAD_TOKENS = 64  # per chunk, with one decay per head
 BLOCK_BYTES = 1 << 21  # of the largest temporary: a few of them stay in a core's cache
 
 
@@ -97,7 +97,7 @@ class _Chunked(torch.autograd.Function):
 
 def _cut(k: Tensor, v: Tensor, decay: Tensor, lengths: list[int], dtype: torch.dtype) -> Chunks:
     H, K, V = v.shape[2], k.shape[-1], v.shape[-1]
-    most = HEAD_TOKENS if decay.ndim == 3 or K == 1 else KEY_TOKENS
+    most = HEAD_TOKENS if decay.ndim == 3 or K == 1 else key_chunk(K)
     chunk = max(1, min(most, max(lengths, default=1)))
     row_bytes = H * max(chunk * max(K, V, chunk), K * V) * dtype.itemsize
     return Chunks(lengths, chunk, max(1, BLOCK_BYTES // row_bytes), k.device)
