@@ -2,9 +2,9 @@
 
     python -m recipes.families --seeds 0 1 2
 
-trains one block of width 32 per family, range and seed, 20 to 60 s each on one core, and prints the table of
-docs/families.md. The settings are the demo's (recipes/demo.py says why label smoothing and the norm's epsilon). A gate that
-is to flip a state must be able to reach the low end of its range within the first steps: GLA gets temperature 1.
+trains one block of width 32 per family, range and seed, up to a minute or so each on one core, and prints the table of
+docs/families.md. The settings are the demo's (recipes/demo.py says why label smoothing and the norm's epsilon). A gate
+that is to flip a state must be able to reach the low end of its range within the first steps: GLA gets temperature 1.
 """
 
 from __future__ import annotations
