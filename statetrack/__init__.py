@@ -18,8 +18,17 @@ if TYPE_CHECKING:
     from statetrack.errors import UsageError as UsageError
     from statetrack.layers import AttentionConfig as AttentionConfig
     from statetrack.layers import DeltaProductConfig as DeltaProductConfig
+    from statetrack.layers import DenseRNNConfig as DenseRNNConfig
+    from statetrack.layers import GLAConfig as GLAConfig
+    from statetrack.layers import HGRN2Config as HGRN2Config
     from statetrack.layers import LSTMConfig as LSTMConfig
+    from statetrack.layers import Mamba2Config as Mamba2Config
     from statetrack.layers import MambaConfig as MambaConfig
+    from statetrack.layers import MLSTMConfig as MLSTMConfig
+    from statetrack.layers import RetNetConfig as RetNetConfig
+    from statetrack.layers import RWKV6Config as RWKV6Config
+    from statetrack.layers import RWKV7Config as RWKV7Config
+    from statetrack.layers import SLSTMConfig as SLSTMConfig
     from statetrack.model import Config as Config
     from statetrack.model import Model as Model
     from statetrack.tasks import get_task as get_task
@@ -37,8 +46,17 @@ _HOMES = {
     "UsageError": "errors",
     "AttentionConfig": "layers",
     "DeltaProductConfig": "layers",
+    "DenseRNNConfig": "layers",
+    "GLAConfig": "layers",
+    "HGRN2Config": "layers",
     "LSTMConfig": "layers",
+    "Mamba2Config": "layers",
     "MambaConfig": "layers",
+    "MLSTMConfig": "layers",
+    "RetNetConfig": "layers",
+    "RWKV6Config": "layers",
+    "RWKV7Config": "layers",
+    "SLSTMConfig": "layers",
     "Config": "model",
     "Model": "model",
     "get_task": "tasks",

@@ -21,9 +21,19 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gated-deltanet": ("deltaproduct", {"factors": 1, "gate": True}),
     "deltaproduct": ("deltaproduct", {"factors": 2}),
     "gated-deltaproduct": ("deltaproduct", {"factors": 2, "gate": True}),
+    "kda": ("deltaproduct", {"factors": 1, "gate": "key", "output_gate": True}),
     "mamba": ("mamba", {}),
+    "mamba2": ("mamba2", {}),
+    "gla": ("gla", {}),
+    "hgrn2": ("hgrn2", {}),
+    "retnet": ("retnet", {}),
+    "mlstm": ("mlstm", {}),
+    "rwkv6": ("rwkv6", {}),
+    "rwkv7": ("rwkv7", {}),
     "attention": ("attention", {}),
     "lstm": ("lstm", {}),
+    "slstm": ("slstm", {}),
+    "dense_rnn": ("dense_rnn", {}),
 }
 """What --mixer accepts: the mixer's configuration and the options that the name stands for."""
 
@@ -42,9 +52,10 @@ class TrainArguments:
 
     task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK")]
     """task, e.g. parity, modular_arithmetic, S5_swaps, group:D7, automaton:FILE (statetrack tasks lists them)"""
-    mixer: Literal["deltanet", "gated-deltanet", "deltaproduct", "gated-deltaproduct", "mamba", "attention", "lstm"] = (
-        "deltanet"
-    )
+    mixer: Literal[
+        "deltanet", "gated-deltanet", "deltaproduct", "gated-deltaproduct", "kda", "mamba", "mamba2", "gla", "hgrn2",
+        "retnet", "mlstm", "rwkv6", "rwkv7", "attention", "lstm", "slstm", "dense_rnn",
+    ] = "deltanet"  # fmt: skip
     """token mixer of every layer"""
     eigenvalues: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LO HI", help_behavior_hint="")] = None
     """range of the transition's data-dependent eigenvalues; default -1 1"""
@@ -63,7 +74,7 @@ class TrainArguments:
     beta_std: Unset[float | None] = None
     """spread of the logits of a DeltaNet's beta at the start; default about 0.2, 2 to 4 helps small models begin"""
     state_size: Unset[int | None] = None
-    """Mamba's states per channel; default 16"""
+    """states per channel; default 16 for mamba, 128 for mamba2; side of the matrix, 32, for dense_rnn"""
     mlp_dim: Unset[int | None] = None
     """hidden width of the SwiGLU, 0 for none; default 8/3 of dim rounded up to 256"""
     train_length: Annotated[tuple[int, int], tyro.conf.arg(metavar="LO HI")] = (3, 40)

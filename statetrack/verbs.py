@@ -101,7 +101,8 @@ def model_config(a: TrainArguments, task: Task) -> Config:
 def run_name(a: TrainArguments) -> str:
     """Return the default name of a run's directory: what people vary most."""
     lo, hi = a.eigenvalues or (-1.0, 1.0)
-    ranged = "" if a.mixer in ("attention", "lstm") else f"_{lo:g}to{hi:g}"
+    has_range = "eigenvalues" in CONFIGS[MIXERS[a.mixer][0]].__dataclass_fields__
+    ranged = f"_{lo:g}to{hi:g}" if has_range else ""
     task = "".join(c if c.isalnum() else "-" for c in Path(a.task).stem)
     return f"{task}_{a.mixer}{ranged}_{a.layers}l_s{a.seed}"
 

@@ -10,8 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.layers import AttentionConfig, DeltaProductConfig, LSTMConfig, MambaConfig, MixerConfig
-from statetrack.ops import delta_rule, selective_scan
+from statetrack.layers import (
+    AttentionConfig,
+    DeltaProductConfig,
+    DenseRNNConfig,
+    GLAConfig,
+    HGRN2Config,
+    LSTMConfig,
+    Mamba2Config,
+    MambaConfig,
+    MixerConfig,
+    MLSTMConfig,
+    RetNetConfig,
+    RWKV6Config,
+    RWKV7Config,
+    SLSTMConfig,
+)
+from statetrack.ops import delta_rule, dplr, gated_linear_attention, selective_scan
 
 Make = Callable[[torch.Generator, int, int], dict[str, Any]]
 
@@ -82,8 +97,58 @@ def scan_inputs(D: int = 6, M: int = 3, skip: bool = True) -> Make:
     return make
 
 
+EDGES = (0.0, 1e-30, -1e-30, 1.0, -1.0, 0.5, -0.5)
+"""decays at which a formula by logarithms or quotients goes wrong: resets, tiny ones, and sign changes"""
+
+
+def attention_inputs(
+    H: int = 2, Hk: int | None = None, K: int = 5, V: int = 4, decay: str = "head", hard: bool = False
+) -> Make:
+    """Draw arguments of `gated_linear_attention`, with decays of both signs; hard: from `EDGES` alone."""
+
+    def make(g: torch.Generator, B: int, T: int) -> dict[str, Any]:
+        normal, uniform = draws(g)
+        heads = Hk or H
+        x = {"q": normal(B, T, heads, K), "k": normal(B, T, heads, K), "v": normal(B, T, H, V)}
+        shape = (B, T, H) if decay == "head" else (B, T, H, K)
+        x["decay"] = torch.where(uniform(*shape) < 0.3, -1, 1) * uniform(*shape) ** 0.2
+        if hard:
+            x["decay"] = torch.tensor(EDGES, dtype=torch.float64)[torch.randint(0, len(EDGES), shape, generator=g)]
+        x["initial_state"] = normal(B, H, K, V)
+        return x
+
+    return make
+
+
+def dplr_inputs(
+    H: int = 2, Hk: int | None = None, K: int = 5, V: int = 4, decay: bool = True, hard: bool = False
+) -> Make:
+    """Draw arguments of `dplr`: corrections near -rate kh kh^T, not symmetric; hard: swaps, merges and many resets."""
+
+    def make(g: torch.Generator, B: int, T: int) -> dict[str, Any]:
+        normal, uniform = draws(g)
+        heads = Hk or H
+        x = {"q": normal(B, T, heads, K), "k": normal(B, T, heads, K), "v": normal(B, T, H, V)}
+        key = torch.nn.functional.normalize(normal(B, T, H, K), dim=-1)
+        x |= {"a": key, "b": -2 * uniform(B, T, H, 1) * (key + 0.1 * normal(B, T, H, K))}
+        if hard:
+            i, j = torch.randint(0, K, (2, B, T, H), generator=g)
+            one, other = torch.eye(K, dtype=torch.float64)[i], torch.eye(K, dtype=torch.float64)[j]
+            swap = uniform(B, T, H, 1) < 0.5
+            x |= {"a": torch.where(swap, one - other, one), "b": other - one}
+        if decay:
+            x["log_decay"] = -uniform(B, T, H, K)
+            x["log_decay"][uniform(B, T, H, K) < (0.2 if hard else 0.03)] = -torch.inf
+        x["initial_state"] = normal(B, H, K, V)
+        return x
+
+    return make
+
+
 DELTA = ("q", "k", "v", "beta", "log_decay")
 SCAN = ("u", "dt", "B", "C")
+ATTENTION = ("q", "k", "v", "decay")
+DPLR = ("q", "k", "v", "a", "b", "log_decay")
 
 OPS = [
     OpCase("delta", delta_rule, delta_inputs(), DELTA),
@@ -102,6 +167,21 @@ OPS = [
     OpCase("scan-[-1,1]", selective_scan, scan_inputs(), SCAN, {"eigenvalues": (-1.0, 1.0)}),
     OpCase("scan-[0,1]", selective_scan, scan_inputs(), SCAN, {"eigenvalues": (0.0, 1.0)}),
     OpCase("scan-[-0.5,0.25]", selective_scan, scan_inputs(skip=False), SCAN, {"eigenvalues": (-0.5, 0.25)}),
+    OpCase("attention-head-decay", gated_linear_attention, attention_inputs(), ATTENTION),
+    OpCase("attention-key-decay", gated_linear_attention, attention_inputs(K=20, decay="key"), ATTENTION),
+    OpCase("attention-shared-heads", gated_linear_attention, attention_inputs(H=4, Hk=2), ATTENTION),
+    OpCase(
+        "attention-shared-heads-key-decay", gated_linear_attention, attention_inputs(H=4, Hk=2, decay="key"), ATTENTION
+    ),
+    OpCase("attention-hard", gated_linear_attention, attention_inputs(hard=True), ATTENTION),
+    OpCase("attention-hard-key-decay", gated_linear_attention, attention_inputs(decay="key", hard=True), ATTENTION),
+    OpCase("attention-scale", gated_linear_attention, attention_inputs(K=1, V=1, decay="key"), ATTENTION, {"scale": 3}),
+    OpCase("dplr", dplr, dplr_inputs(decay=False), DPLR),
+    OpCase("dplr-decay", dplr, dplr_inputs(K=20, V=12), DPLR),
+    OpCase("dplr-shared-heads", dplr, dplr_inputs(H=4, Hk=2), DPLR),
+    OpCase("dplr-hard", dplr, dplr_inputs(decay=False, hard=True), DPLR),
+    OpCase("dplr-hard-decay", dplr, dplr_inputs(hard=True), DPLR),
+    OpCase("dplr-scale", dplr, dplr_inputs(K=1, V=1), DPLR, {"scale": 0.7}),
 ]
 
 
@@ -122,6 +202,21 @@ LAYERS = [
     LayerCase("mamba", MambaConfig(dim=12, state_size=4)),
     LayerCase("mamba-no-conv", MambaConfig(dim=12, state_size=4, conv_size=0)),
     LayerCase("mamba-[0,1]", MambaConfig(dim=12, state_size=4, eigenvalues=(0.0, 1.0))),
+    LayerCase("kda", DeltaProductConfig(dim=16, heads=2, gate="key", output_gate=True)),
+    LayerCase("gla", GLAConfig(dim=16, heads=2)),
+    LayerCase("gla-[0,1]", GLAConfig(dim=16, heads=2, temperature=1.0, eigenvalues=(0.0, 1.0))),
+    LayerCase("mamba2", Mamba2Config(dim=12, heads=2, state_size=4)),
+    LayerCase("mamba2-groups-no-conv", Mamba2Config(dim=12, heads=4, groups=2, state_size=4, conv_size=0)),
+    LayerCase("mamba2-[0,1]", Mamba2Config(dim=12, heads=2, state_size=4, eigenvalues=(0.0, 1.0))),
+    LayerCase("retnet", RetNetConfig(dim=16, heads=2)),
+    LayerCase("hgrn2", HGRN2Config(dim=16, heads=2)),
+    LayerCase("mlstm", MLSTMConfig(dim=16, heads=2)),
+    LayerCase("mlstm-[0,1]", MLSTMConfig(dim=16, heads=2, eigenvalues=(0.0, 1.0))),
+    LayerCase("rwkv6", RWKV6Config(dim=16, heads=2)),
+    LayerCase("rwkv7", RWKV7Config(dim=16, heads=2)),
+    LayerCase("rwkv7-[0,1]", RWKV7Config(dim=16, heads=2, eigenvalues=(0.0, 1.0))),
     LayerCase("attention", AttentionConfig(dim=16, heads=2)),
     LayerCase("lstm", LSTMConfig(dim=16)),
+    LayerCase("slstm", SLSTMConfig(dim=16, heads=2)),
+    LayerCase("dense-rnn", DenseRNNConfig(dim=16, state_size=5)),
 ]

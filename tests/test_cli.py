@@ -291,6 +291,15 @@ def test_tasks_are_listed(command: Command):
     assert code == 0 and err == "" and all(name in out for name in TASKS)
 
 
+@pytest.mark.parametrize("mixer", cli.MIXERS)
+def test_every_mixer_trains_and_is_named(command: Command, here: Path, mixer: str):
+    words = f"train parity --mixer {mixer} --dim 16 --steps 2 --batch-size 4 --train-length 3 9"
+    assert command(words)[0] == 0
+    named = [p.name for p in (here / "runs").iterdir()]
+    ranged = mixer not in ("attention", "lstm", "slstm", "dense_rnn")
+    assert named == [f"parity_{mixer}_-1to1_1l_s0" if ranged else f"parity_{mixer}_1l_s0"]
+
+
 @pytest.mark.parametrize("name", ["parity", "S5_up_to_3", "group:Z2 x S3", "automaton:../my [tables]/a*b?.json"])
 def test_default_directories_are_safe_in_a_shell(name: str):
     names = {

@@ -16,20 +16,16 @@ from statetrack.errors import UsageError
 from statetrack.layers import (
     MIXERS,
     AttentionConfig,
-    DeltaProduct,
     DeltaProductConfig,
     LSTMConfig,
-    Mamba,
     MambaConfig,
     MixerConfig,
 )
 from statetrack.model import Config
-from statetrack.ops import delta_rule, selective_scan
 
 from .cases import LAYERS, LayerCase
 
 every_layer = pytest.mark.parametrize("case", LAYERS, ids=lambda c: c.name)
-RANGES = [(-1.0, 1.0), (0.0, 1.0), (-0.5, 0.75)]
 
 
 def build(config: MixerConfig, seed: int = 0) -> Any:
@@ -62,7 +58,7 @@ def test_split_anywhere_and_carry_the_state(case: LayerCase, data):
     y2, state = mixer(x[:, cut:], middle)
     torch.testing.assert_close(torch.cat([y1, y2], 1), want, rtol=0, atol=1e-10)
     for got, wanted in zip(flatten(state), flatten(want_state), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
 @every_layer
@@ -103,52 +99,11 @@ def test_lower_precision_runs_and_agrees(case: LayerCase, dtype):
     assert (got.double() - want).norm() / want.norm() <= 30 * torch.finfo(dtype).eps
 
 
-def saturating_inputs(weight: Tensor) -> Tensor:
-    """Return x [1 2 D] whose two tokens drive a projection's outputs far to both ends."""
-    push = 1e4 * torch.linalg.pinv(weight) @ torch.ones(weight.shape[0], 1, dtype=weight.dtype)
-    return torch.stack([push[:, 0], -push[:, 0]])[None]
-
-
-@pytest.mark.parametrize("eigenvalues", RANGES, ids=str)
-@pytest.mark.parametrize("factors", [1, 3])
-def test_spectrum_of_deltaproduct_reaches_both_ends_of_its_range(eigenvalues, factors: int):
-    mixer = build(DeltaProductConfig(dim=16, heads=1, factors=factors, eigenvalues=eigenvalues, conv_size=0))
-    assert isinstance(mixer, DeltaProduct)
-    inputs = mixer.op_inputs(saturating_inputs(mixer.beta_proj.weight))
-    ends = []
-    for t in range(2):
-        for j in range(factors):  # the transition of one factor: run it on the identity
-            one = {n: inputs[n][:, t : t + 1, j : j + 1] for n in ("k", "v", "beta")}
-            one["v"] = torch.zeros_like(one["v"])
-            eye = torch.eye(16, dtype=torch.float64)[None, None]
-            _, transition = delta_rule(inputs["q"][:, t : t + 1], **one, initial_state=eye)
-            spectrum = torch.linalg.eigvalsh(transition[0, 0])
-            away = spectrum[(spectrum - 1).abs().argmax()]
-            torch.testing.assert_close((spectrum - 1).abs().sort().values[:-1], torch.zeros(15).double())
-            ends.append(away.item())
-    assert min(ends) == pytest.approx(eigenvalues[0], abs=1e-6) and max(ends) == pytest.approx(eigenvalues[1], abs=1e-6)
-
-
-@pytest.mark.parametrize("eigenvalues", RANGES, ids=str)
-def test_spectrum_of_mamba_reaches_both_ends_of_its_range(eigenvalues):
-    mixer = build(MambaConfig(dim=16, state_size=4, eigenvalues=eigenvalues))
-    assert isinstance(mixer, Mamba)
-    inputs = mixer.op_inputs(sequence(mixer.config, 2, batch=1))
-    found = []
-    for dt in (0.0, 1e4):  # softplus ranges over (0, inf)
-        one = {n: inputs[n][:, :1] for n in ("u", "dt", "B", "C")}
-        one |= {"u": torch.zeros_like(one["u"]), "dt": torch.full_like(one["dt"], dt), "A": inputs["A"]}
-        ones = torch.ones(1, 32, 4, dtype=torch.float64)
-        _, transition = selective_scan(**one, eigenvalues=eigenvalues, initial_state=ones)
-        found.append(transition)
-    torch.testing.assert_close(found[0], torch.full_like(found[0], eigenvalues[1]))
-    torch.testing.assert_close(found[1], torch.full_like(found[1], eigenvalues[0]))
-
-
 OTHER = {
     "dim": 32, "heads": 1, "head_dim": 12, "factors": 2, "gate": True, "conv_size": 3, "output_gate": True,
     "eigenvalues": (-0.5, 0.5), "norm_eps": 0.1, "backend": "reference", "state_size": 3, "expand": 3, "rank": 3,
-    "rotary_base": 100.0, "dt_range": (0.5, 0.9), "beta_std": 2.0,
+    "rotary_base": 100.0, "dt_range": (0.5, 0.9), "beta_std": 2.0, "key_dim": 3, "gate_rank": 5, "temperature": 1.0,
+    "groups": 2, "first_exponent": 1.0, "lower_bound": 0.3, "gate_cap": 0.5, "mix_rank": 5,
 }  # fmt: skip
 OPTIONS = [(cls, f.name) for cls in MIXERS.values() for f in dataclasses.fields(cls)]
 

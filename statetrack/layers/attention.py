@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statetrack.errors import UsageError
-from statetrack.layers.common import head_width, projection
+from statetrack.layers.common import head_width, projection, rotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,10 @@ class Attention(nn.Module):
     def op_inputs(self, x: Float[Tensor, "B T D"], past: int = 0) -> dict[str, Tensor]:
         """Return the queries, keys and values [B H T K] of x, rotated as the tokens after `past` earlier ones."""
         projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (y.unflatten(-1, (self.config.heads, self.head_dim)).transpose(1, 2) for y in projected)
-        return {"q": self._rotate(q, past), "k": self._rotate(k, past), "v": v}
+        q, k, v = (y.unflatten(-1, (self.config.heads, self.head_dim)) for y in projected)
+        position = torch.arange(past, past + x.shape[1], device=x.device)
+        q, k = (rotate(y, position, self.config.rotary_base) for y in (q, k))
+        return {name: y.transpose(1, 2) for name, y in (("q", q), ("k", k), ("v", v))}
 
     def forward(
         self, x: Float[Tensor, "B T D"], state: AttentionState | None = None
@@ -85,11 +87,3 @@ class Attention(nn.Module):
             mask = torch.ones(tokens, past + tokens, dtype=torch.bool, device=x.device).tril(past)
         o = F.scaled_dot_product_attention(inputs["q"], k, v, attn_mask=mask, is_causal=past == 0)
         return self.o_proj(o.transpose(1, 2).flatten(2)), AttentionState(k, v)
-
-    def _rotate(self, x: Tensor, past: int) -> Tensor:
-        half = self.head_dim // 2
-        rate = self.config.rotary_base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-        angle = torch.arange(past, past + x.shape[2], device=x.device, dtype=torch.float64)[:, None] * rate
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

@@ -1,11 +1,12 @@
-"""What several mixers share: the check of the eigenvalue range, the short convolution, and initialisation.
+"""What several mixers share: checks, initialisation, the state, gates, the short convolution, the shift by one token.
 
-Letters: B batch, T tokens, D channels, W window of the convolution.
+Letters: B batch, T tokens, H heads, K key width, V value width, D channels, W window of the convolution.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -55,6 +56,75 @@ def time_step_bias(count: int, shortest: float = 1e-3, longest: float = 0.1) -> 
     """Return biases whose softplus is log-uniform in [shortest, longest], as in Mamba (arXiv 2312.00752, 3.6)."""
     dt = torch.exp(torch.rand(count) * (math.log(longest) - math.log(shortest)) + math.log(shortest))
     return dt + torch.log(-torch.expm1(-dt))
+
+
+class MemoryState(NamedTuple):
+    """What a mixer carries from token to token when that is a matrix per head and nothing else."""
+
+    memory: Float[Tensor, "B H K V"]
+
+
+def zero_memory(weight: Tensor, *shape: int) -> Tensor:
+    """Return zeros in the dtype in which the ops keep their state: float64 for float64 weights, else float32."""
+    return weight.new_zeros(*shape, dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
+
+
+def precise(x: Tensor) -> Tensor:
+    """Return x in float32, or in float64 if it is: gates of a state that is kept for long are not rounded to less."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rotate(x: Float[Tensor, "B T H K"], position: Tensor, base: float) -> Float[Tensor, "B T H K"]:
+    """Rotate pairs of channels (i, i + K/2) by position * base^(-2i/K) (RoFormer, arXiv 2104.09864)."""
+    half = x.shape[-1] // 2
+    rate = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    angle = (position.double()[:, None] * rate)[:, None]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class LowRank(nn.Module):
+    """W_up f(W_down x) + bias, with f = tanh or none: a projection with few parameters."""
+
+    def __init__(self, dim_in: int, rank: int, dim_out: int, *, tanh: bool = False, bias: bool = True):
+        super().__init__()
+        check_positive(rank=rank)
+        self.tanh = tanh
+        self.down = nn.Linear(dim_in, rank, bias=False)
+        self.up = nn.Linear(rank, dim_out, bias=bias)
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D_out"]:
+        """Project x."""
+        x = self.down(x)
+        return self.up(x.tanh() if self.tanh else x)
+
+
+class ForgetGate(nn.Module):
+    """log_decay_t = -exp(a) softplus(W x_t + b): one decay per head, or `width` per head with W of that rank.
+
+    As in Gated DeltaNet (arXiv 2412.06464) and Kimi Delta Attention (2510.26692), both after Mamba-2 (2405.21060).
+    """
+
+    def __init__(self, dim: int, heads: int, width: int | None = None):
+        super().__init__()
+        self.heads, self.width = heads, width
+        channels = heads * (width or 1)
+        self.proj = projection(dim, heads) if width is None else LowRank(dim, width, channels, bias=False)
+        self.rate = nn.Parameter(torch.empty(heads).uniform_(1, 16).log_())
+        self.bias = nn.Parameter(time_step_bias(channels))
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T H"] | Float[Tensor, "B T H K"]:
+        """Return the logarithms of the decays."""
+        step = F.softplus(precise(self.proj(x)) + self.bias)
+        if self.width is None:
+            return -self.rate.exp() * step
+        return -self.rate.exp()[:, None] * step.unflatten(-1, (self.heads, self.width))
+
+
+def shifted(x: Float[Tensor, "B T D"], last: Float[Tensor, "B D"]) -> Float[Tensor, "B T D"]:
+    """Return every token's predecessor, that of the first being `last`."""
+    return torch.cat([last.to(x.dtype).unsqueeze(1), x[:, :-1]], dim=1) if x.shape[1] else x
 
 
 class ShortConvolution(nn.Module):

@@ -2,11 +2,11 @@
 
     S <- alpha_t S;   S <- (I - beta_tj kh_tj kh_tj^T) S + beta_tj kh_tj v_tj^T, j = 1..N;   o_t = S^T q_t / sqrt(K)
     beta_tj = (1 - hi) + (hi - lo) sigmoid(w_j^T x_t),  so that the factor's eigenvalue 1 - beta lies in (lo, hi)
-    q, k, v = silu(conv(W x)),  q and k of length 1;   alpha_t = exp(-exp(a) softplus(w^T x_t + b)) where gated
+    q, k, v = silu(conv(W x)),  q and k of length 1;   alpha_t = exp(-exp(a) softplus(W x_t + b)) where gated
 
-factors = 1 is DeltaNet, with gate Gated DeltaNet; factors > 1 DeltaProduct, with gate Gated DeltaProduct.
-References: Yang et al. (arXiv 2406.06484), Grazzi et al. eq. 2 and Table 2 (2411.12537), Siems et al. section 4
-(2502.10297), Yang et al. (2412.06464) for the gate.
+factors = 1 is DeltaNet, with gate=True Gated DeltaNet, with gate="key" Kimi Delta Attention; factors > 1 DeltaProduct,
+with gate Gated DeltaProduct. References: Yang et al. (arXiv 2406.06484), Grazzi et al. eq. 2 and Table 2 (2411.12537),
+Siems et al. section 4 (2502.10297), Yang et al. (2412.06464) and Kimi Team (2510.26692) for the gates.
 
 Letters: B batch, T tokens, N factors, H heads, K = V head width, W window of the convolution, D channels.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -24,12 +24,14 @@ from torch.nn import functional as F
 
 from statetrack.errors import UsageError
 from statetrack.layers.common import (
+    ForgetGate,
     ShortConvolution,
     check_eigenvalues,
     check_positive,
     head_width,
+    precise,
     projection,
-    time_step_bias,
+    zero_memory,
 )
 from statetrack.ops import delta_rule
 
@@ -45,8 +47,8 @@ class DeltaProductConfig:
     """width of keys and values; default dim / heads"""
     factors: int = 1
     """Householder factors per token"""
-    gate: bool = False
-    """scalar forget gate per head"""
+    gate: bool | Literal["key"] = False
+    """forget gate: True for one per head (Gated DeltaNet), "key" for one per key channel (Kimi Delta Attention)"""
     conv_size: int = 4
     """window of the short convolution on q, k, v; 0 for none"""
     output_gate: bool = False
@@ -92,20 +94,19 @@ class DeltaProduct(nn.Module):
                 raise UsageError(f"beta_std must be positive and finite, got {config.beta_std}")
             nn.init.normal_(self.beta_proj.weight, std=config.beta_std * config.dim**-0.5)
         self.conv = ShortConvolution((1 + 2 * config.factors) * inner, config.conv_size) if config.conv_size else None
-        if config.gate:
-            self.gate_proj = projection(config.dim, config.heads)
-            self.gate_rate = nn.Parameter(torch.empty(config.heads).uniform_(1, 16).log_())
-            self.gate_bias = nn.Parameter(time_step_bias(config.heads))
+        if config.gate not in (False, True, "key"):
+            raise UsageError(f'gate must be False, True (per head) or "key" (per key channel), got {config.gate!r}')
+        width = self.head_dim if config.gate == "key" else None
+        self.gate = ForgetGate(config.dim, config.heads, width) if config.gate else None
         self.output_gate = projection(config.dim, inner) if config.output_gate else None
         self.norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
         self.o_proj = projection(inner, config.dim)
 
     def init_state(self, batch: int) -> DeltaProductState:
         """Return the state before the first token: zeros."""
-        weight, H, K = self.q_proj.weight, self.config.heads, self.head_dim
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         conv = None if self.conv is None else self.conv.init_state(batch)
-        return DeltaProductState(conv, weight.new_zeros(batch, H, K, K, dtype=dtype))
+        memory = zero_memory(self.q_proj.weight, batch, self.config.heads, self.head_dim, self.head_dim)
+        return DeltaProductState(conv, memory)
 
     def op_inputs(self, x: Float[Tensor, "B T D"]) -> dict[str, Any]:
         """Return the arguments that `delta_rule` gets for x as a whole sequence."""
@@ -132,14 +133,13 @@ class DeltaProduct(nn.Module):
         else:
             qkv = F.silu(qkv)
         q, k, v = qkv.split([H * K, N * H * K, N * H * K], dim=-1)
-        beta = self.beta_proj(x).float() if x.dtype != torch.float64 else self.beta_proj(x)
+        beta = precise(self.beta_proj(x))
         inputs = {
             "q": F.normalize(q.unflatten(-1, (H, K)), dim=-1).to(k.dtype),  # autocast normalises in float32
             "k": k.unflatten(-1, (N, H, K)),
             "v": v.unflatten(-1, (N, H, K)),
             "beta": (1 - hi) + (hi - lo) * beta.sigmoid().unflatten(-1, (N, H)),
         }
-        if self.config.gate:
-            rate = F.softplus(self.gate_proj(x).to(beta.dtype) + self.gate_bias)
-            inputs["log_decay"] = -self.gate_rate.exp() * rate
+        if self.gate is not None:
+            inputs["log_decay"] = self.gate(x)
         return inputs, conv

@@ -31,6 +31,7 @@ from statetrack.layers.common import (
     check_positive,
     no_weight_decay,
     time_step_bias,
+    zero_memory,
 )
 from statetrack.ops import selective_scan
 
@@ -96,9 +97,8 @@ class Mamba(nn.Module):
 
     def init_state(self, batch: int) -> MambaState:
         """Return the state before the first token: zeros."""
-        dtype = torch.float64 if self.A_log.dtype == torch.float64 else torch.float32
         conv = None if self.conv is None else self.conv.init_state(batch)
-        return MambaState(conv, self.A_log.new_zeros(batch, *self.A_log.shape, dtype=dtype))
+        return MambaState(conv, zero_memory(self.A_log, batch, *self.A_log.shape))
 
     def op_inputs(self, x: Float[Tensor, "B T _"]) -> dict[str, Any]:
         """Return the tensors that `selective_scan` gets for x as a whole sequence."""
