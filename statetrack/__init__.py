@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from statetrack.automata import Automaton as Automaton
     from statetrack.automata.verdicts import Structure as Structure
     from statetrack.automata.verdicts import Verdict as Verdict
+    from statetrack.compiler import CompiledAutomaton as CompiledAutomaton
+    from statetrack.compiler import compile as compile
     from statetrack.diagnosis import can_track as can_track
     from statetrack.diagnosis import explain as explain
     from statetrack.errors import UsageError as UsageError
@@ -41,7 +43,9 @@ _HOMES = {
     "Automaton": "automata",
     "Structure": "automata.verdicts",
     "Verdict": "automata.verdicts",
+    "CompiledAutomaton": "compiler",
     "can_track": "diagnosis",
+    "compile": "compiler",
     "explain": "diagnosis",
     "UsageError": "errors",
     "AttentionConfig": "layers",

@@ -12,7 +12,22 @@ from statetrack.automata.monoid import Monoid
 from statetrack.automata.verdicts import CONTRACTIONS, Family, Structure, Verdict, judge, lower_bounds
 from statetrack.automata.witness import spell
 from statetrack.errors import UsageError
-from statetrack.layers import AttentionConfig, DeltaProductConfig, LSTMConfig, MambaConfig, MixerConfig
+from statetrack.layers import (
+    AttentionConfig,
+    DeltaProductConfig,
+    DenseRNNConfig,
+    GLAConfig,
+    HGRN2Config,
+    LSTMConfig,
+    Mamba2Config,
+    MambaConfig,
+    MixerConfig,
+    MLSTMConfig,
+    RetNetConfig,
+    RWKV6Config,
+    RWKV7Config,
+    SLSTMConfig,
+)
 from statetrack.model import Config
 from statetrack.tasks import AutomatonTask, Task
 from statetrack.tasks.chomsky import ModularArithmetic, Parity
@@ -21,10 +36,19 @@ QUICK = 20_000_000
 """entries of products of the monoid that a warning may compute"""
 
 STRUCTURES: dict[type, Callable[[Any], Structure]] = {
-    DeltaProductConfig: lambda c: _linear("householder", c, factors=c.factors, gate=c.gate),
-    MambaConfig: lambda c: _linear("diagonal", c),
+    DeltaProductConfig: lambda c: _linear("householder", c, c.conv_size, factors=c.factors, gate=bool(c.gate)),
+    MambaConfig: lambda c: _linear("diagonal", c, c.conv_size),
+    Mamba2Config: lambda c: _linear("diagonal", c, c.conv_size),
+    GLAConfig: lambda c: _linear("diagonal", c),
+    HGRN2Config: lambda c: _linear("diagonal", c),
+    MLSTMConfig: lambda c: _linear("diagonal", c),
+    RWKV6Config: lambda c: _linear("diagonal", c, 2),  # its token shift sees two tokens
+    RWKV7Config: lambda c: _linear("dplr", c, 2),
+    RetNetConfig: lambda c: _linear("complex-diagonal", c, selective=False),  # its rotary keys turn the state
     AttentionConfig: lambda _: Structure(family="attention"),
     LSTMConfig: lambda _: Structure(family="nonlinear"),
+    SLSTMConfig: lambda _: Structure(family="nonlinear"),
+    DenseRNNConfig: lambda _: Structure(family="nonlinear"),
 }
 """What each mixer is to the theorems. A new mixer is one line."""
 
@@ -113,9 +137,9 @@ def _letters(automaton: Automaton, words: Sequence[Sequence[int]]) -> Automaton:
 # --- what answers ----------------------------------------------------------------------------------------------------
 
 
-def _linear(family: Family, mixer: Any, **options: Any) -> Structure:
-    window = max(0, mixer.conv_size - 1)
-    return Structure(family=family, eigenvalues=mixer.eigenvalues, window=window, **options)
+def _linear(family: Family, mixer: Any, sees: int = 1, **options: Any) -> Structure:
+    """Return the structure of a linear recurrence whose layer sees some tokens at once (its short convolution)."""
+    return Structure(family=family, eigenvalues=mixer.eigenvalues, window=max(0, sees - 1), **options)
 
 
 def _layers(configuration: Any) -> list[Structure]:

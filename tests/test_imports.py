@@ -18,6 +18,7 @@ ALLOWED = {
     "model": {"layers"},
     "automata": set(),
     "tasks": {"automata"},
+    "compiler": {"automata", "ops", "layers", "model", "runs"},
 }
 BASE = {"torch", "numpy", "jaxtyping", "tyro", "rich", "matplotlib", "safetensors", "sympy"}
 

@@ -1,15 +1,16 @@
 """The certificate: why a compiled automaton is right on every word, of any length, in a given arithmetic.
 
-Two halves. *Symbolic*: the network's discrete states (the 0/1 vector of every head, what the layers know) are searched
-together with the automaton's, from the start, over all letters: in every pair that can occur both say the same. *Numeric*:
-every operation of every head maps every vector that it may meet to the next one, compared bit by bit, in the arithmetic
-and kernel in question. The vectors being exact after a token, they are exact after any number of them.
+*Symbolic*: the network's discrete states (the 0/1 vector of every head, what the layers know) are searched together
+with the automaton's, from the start, over all letters: in every pair that can occur both say the same. *Numeric*: every
+operation of every head maps every vector that it may meet to the next one, compared bit by bit, in the arithmetic and
+kernel in question. The vectors being exact after a token, they are exact after any number of them.
 
 For registers, which hold more vectors than can be tried, every factor is tried on all values of the coordinates it
 touches, the others all 0 and all 1: an untouched coordinate meets only products with zero.
 
-A kernel that runs many tokens in parallel multiplies in another order. There all numbers are multiples of 1/16 and
-below 2^12 (docs/theory.md), so no float32 sum rounds, whatever the order; random words through it are compared as well.
+A kernel that runs many tokens in parallel multiplies in another order. *Dyadic*: where every key's entries are dyadic
+fractions and its squared length is a power of two, all numbers in a chunk are multiples of 1/16 below 2^12 (see
+docs/theory.md), so that no float32 sum rounds, whatever its order. Random words are run in parallel as well.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ class Certificate:
     transitions: int
     """operations on vectors, compared bit by bit"""
     inexact: int
+    keys: int
+    """different keys"""
+    rounded: int
+    """keys that are not dyadic, so that sums in another order may round"""
     tokens: int
     """random letters run in parallel"""
     wrong: int
@@ -63,6 +68,7 @@ class Certificate:
                 f"{verdict} in {self.dtype}, backend {self.backend}",
                 f"  network x automaton: {self.pairs} reachable pairs, {self.disagreements} disagree{searched}",
                 f"  operation x vector:  {self.transitions} transitions compared bit by bit, {self.inexact} differ",
+                f"  dyadic:              {self.keys} different keys, {self.rounded} not",
                 f"  in parallel:         {self.tokens} random letters, {self.wrong} states wrong",
             ]
         )
@@ -72,22 +78,26 @@ def certify(compiled: CompiledAutomaton, dtype: torch.dtype, backend: str, devic
     """Check a compiled automaton in one arithmetic."""
     pairs, disagreements, complete = search_pairs(compiled)
     network = compiled.copy_in(dtype, device)
-    transitions = inexact = 0
+    transitions = inexact = keys = rounded = 0
     for layer, stage in zip(network.layers, compiled.stages, strict=True):
         assert isinstance(layer, StageLayer)
+        different = torch.unique(layer.keys.double().flatten(0, -2).cpu(), dim=0)
+        keys, rounded = keys + len(different), rounded + int((~dyadic(different)).sum())
         compared, differ = compare_bits(layer, stage, compiled.style, backend)
         transitions, inexact = transitions + compared, inexact + differ
     words = random_words(compiled)
     got = network.states(torch.from_numpy(words).to(device), backend=backend).cpu().numpy()
     wrong = int((got != compiled.automaton.run(words)).sum())
     return Certificate(
-        passed=not (disagreements or inexact or wrong) and complete,
+        passed=not (disagreements or inexact or rounded or wrong) and complete,
         dtype=str(dtype).removeprefix("torch."),
         backend=backend,
         pairs=pairs,
         disagreements=disagreements,
         transitions=transitions,
         inexact=inexact,
+        keys=keys,
+        rounded=rounded,
         tokens=words.size,
         wrong=wrong,
         complete=complete,
@@ -104,10 +114,10 @@ def search_pairs(compiled: CompiledAutomaton) -> tuple[int, int, bool]:
     """Return how many (network, automaton) pairs can occur, in how many they disagree, and whether all were seen."""
     merged, stages = compiled.merged, compiled.stages
     table, emits = merged.table.tolist(), merged.emits.tolist()
-    first = compiled.window.start if compiled.window else 0
+    first = compiled.window_stage.start if compiled.window_stage else 0
     below = (first, *(stage.start for stage in stages[:-1]))[: len(stages)]
     vectors = tuple(tuple(head.start for head in stage.heads) for stage in stages)
-    start: tuple[Symbolic, int] = (((-1,) * compiled.window_size, below, vectors), merged.start)
+    start: tuple[Symbolic, int] = (((-1,) * compiled.window, below, vectors), merged.start)
     seen, todo, disagreements = {start}, deque([start]), 0
     while todo:
         symbolic, q = todo.popleft()
@@ -130,9 +140,9 @@ def step(compiled: CompiledAutomaton, symbolic: Symbolic, x: int) -> tuple[Symbo
     """Return the network's discrete state after a letter, and what it then knows."""
     window, below, vectors = symbolic
     known = 0
-    if compiled.window:
+    if compiled.window_stage:
         window = (*window, x)[1:]
-        for table, letter in zip(compiled.window.decoder, reversed(window), strict=True):
+        for table, letter in zip(compiled.window_stage.decoder, reversed(window), strict=True):
             known = int(table[known, letter + 1])
     moved, knew = [], []
     for stage, before, heads in zip(compiled.stages, below, vectors, strict=True):
@@ -237,6 +247,13 @@ def _after(stage: Stage, head: Head, event: int, ones: frozenset[int]) -> frozen
 def _set(vector: Tensor, ones: frozenset[int], copies: int) -> None:
     for i in ones:
         vector[copies * i : copies * (i + 1)] = 1
+
+
+def dyadic(keys: Tensor) -> Tensor:
+    """Return which keys have entries that are multiples of 1/8 below 8 and a power of two (or 0) as squared length."""
+    squared = keys.square().sum(-1)
+    short = ((keys * 8).round() == keys * 8).all(-1) & (keys.abs() < 8).all(-1)
+    return short & ((torch.frexp(squared).mantissa == 0.5) | (squared == 0))
 
 
 def run_operations(layer: StageLayer, events: int, row: int, memory: Tensor, backend: str) -> Tensor:

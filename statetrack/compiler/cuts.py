@@ -22,11 +22,11 @@ MOST_SEEDS, MOST_STEPS, MOST_PAIRS = 400, 4000, 60_000
 def cut(seen: View, known: Knowledge, deadline: float = float("inf")) -> Layer | None:
     """Return blocks that together tell apart as much as all that were found; None if there are none."""
     images = _images(seen, known)
-    families = _families(seen, known, images, deadline)
+    families = _families(known, images, deadline)
     if not families:
         return None
     chosen = _cover(known, families)
-    return Layer("cut", [_block(seen, known, images, families[i]) for i in chosen]) if chosen else None
+    return Layer("cut", [_block(seen.start, known, images, families[i]) for i in chosen]) if chosen else None
 
 
 def _images(seen: View, known: Knowledge) -> Images:
@@ -38,7 +38,7 @@ def _images(seen: View, known: Knowledge) -> Images:
     return images
 
 
-def _families(seen: View, known: Knowledge, images: Images, deadline: float) -> list[Family]:
+def _families(known: Knowledge, images: Images, deadline: float) -> list[Family]:
     into: list[list[Key]] = [[] for _ in range(known.size)]
     for c, x in images:
         d = known.moves[c][x]
@@ -146,7 +146,7 @@ def _acts(known: Knowledge, images: Images, family: Family) -> bool:
     return True
 
 
-def _block(seen: View, known: Knowledge, images: Images, family: Family) -> Block:
+def _block(start: int, known: Knowledge, images: Images, family: Family) -> Block:
     events: dict[tuple[int, int], Map | Reset] = {}
     for c, row in enumerate(known.moves):
         for x, d in enumerate(row):
@@ -156,7 +156,7 @@ def _block(seen: View, known: Knowledge, images: Images, family: Family) -> Bloc
             assert action is not None
             events[c, x] = action
     labels = [list(range(len(sets))) for sets in family]
-    return Block(labels, events, _label(seen.start, family[known.start]))
+    return Block(labels, events, _label(start, family[known.start]))
 
 
 def _cover(known: Knowledge, families: list[Family]) -> list[int]:

@@ -81,7 +81,7 @@ class StageLayer(nn.Module):
 
     def __init__(self, stage: Stage, style: Style):
         super().__init__()
-        self.kind, self.gated = stage.kind, style.gated
+        self.kind, self.gated, self.asymmetric = stage.kind, style.gated, False
         rows = [(head, weights) for head in stage.heads for weights in groups(head)]
         made = [[style.factors(head, op) for op in head.operations] for head, _ in rows]
         F = max(1, max(len(factors) for ops in made for factors in ops))
@@ -154,7 +154,7 @@ class StageLayer(nn.Module):
             k, v, beta = (t[events, :, row].movedim(2, 3) for t in (self.keys, self.values, self.beta))
             decay = self.log_decay[events, row]
         q = self.query.expand(B, T, *self.query.shape)
-        v = v[..., None].expand(*v.shape, self.first.shape[-1])
+        v = v[..., None].expand(*v.shape, memory.shape[-1])
         options = {"scale": 1.0, "initial_state": memory, "backend": backend}
         return delta_rule(q, k, v, beta, decay if self.gated else None, **options)
 
@@ -175,7 +175,7 @@ class MapLayer(StageLayer):
 
     def __init__(self, stage: Stage):
         nn.Module.__init__(self)
-        self.kind, self.gated = stage.kind, False
+        self.kind, self.gated, self.asymmetric = stage.kind, False, True
         (head,) = stage.heads
         F, K, rows = stage.factors(False), head.width, groups(head)
         E = len(stage.asymmetric)
@@ -199,7 +199,7 @@ class MapLayer(StageLayer):
         F = a.shape[1] // T
         q = a.new_zeros(B, T, F, R, a.shape[-1])
         q[:, :, -1] = self.query
-        v = a.new_zeros(B, T * F, R, 1)
+        v = a.new_zeros(B, T * F, R, memory.shape[-1])
         options = {"scale": 1.0, "initial_state": memory, "backend": backend}
         o, memory = dplr(q.flatten(1, 2), torch.zeros_like(a), v, a, b, **options)
         return o.unflatten(1, (T, F))[:, :, -1], memory

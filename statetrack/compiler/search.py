@@ -79,7 +79,7 @@ def find_plans(automaton: Automaton, window: int, timeout: float, deeper: bool =
 
 
 CHEAP_STAGE = (*CHEAP, "suf")
-QUICK_SECONDS = 0.8
+QUICK_SECONDS = 5.0  # most need less than one; what needs more falls back to Zeiger's chain
 
 
 class _Search:
