@@ -55,7 +55,7 @@ class MildDecay:
     def backward(self, d_scores: Tensor, d_into: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients to kq and k from those to scores, into and out; overwrites its arguments."""
         d_scores = d_scores.mul_(self._see)
-        d_into += d_scores @ self._k
+        d_into.flatten(0, 1).baddbmm_(d_scores.flatten(0, 1), self._k.flatten(0, 1))
         dk = d_scores.mT @ self.into
         if self._inverse is None:
             return d_into, dk.add_(d_out)

@@ -22,18 +22,19 @@ class Block:
 
     sequences: slice
     active: tuple[int, ...]
-    tokens: Tensor  # [R C] positions in the flattened batch
+    chunk: int  # C
+    tokens: Tensor | None  # [R C] positions in the flattened batch, where it is no window
     padding: Tensor | None  # [R C] True where a row is longer than its sequence
     window: tuple[slice, slice] | None  # (sequences, tokens) of the batch where the block is just that
     batch: int  # sequences in all
 
     def gather(self, x: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Return the rows of x [tokens N H D] as [R H C*N D] (in `out` where given), zero where there is no token."""
-        (R, C), (N, H, D) = self.tokens.shape, x.shape[1:]
+        N, H, D = x.shape[1:]
         if out is None:
-            out = torch.empty(R, H, C * N, D, dtype=dtype, device=x.device)
-        places = out.unflatten(2, (C, N))
-        if self.window is not None:
+            out = torch.empty(self.rows, H, self.chunk * N, D, dtype=dtype, device=x.device)
+        places = out.unflatten(2, (self.chunk, N))
+        if self.tokens is None:
             self._rows(places).copy_(self._view(x))
         else:
             rows = x.index_select(0, self.tokens.flatten()).unflatten(0, self.tokens.shape)
@@ -44,16 +45,20 @@ class Block:
 
     def scatter(self, out: Tensor, rows: Tensor) -> None:
         """Write rows [R H C*N D] to their places in out [tokens N H D]."""
-        R, C = self.tokens.shape
-        rows = rows.unflatten(2, (C, -1))
-        if self.window is not None:
+        rows = rows.unflatten(2, (self.chunk, -1))
+        if self.tokens is None:
             self._view(out).copy_(self._rows(rows))
             return
         rows = rows.permute(0, 2, 3, 1, 4)
         if self.padding is None:
-            out.index_copy_(0, self.tokens.flatten(), rows.to(out.dtype).reshape(R * C, *rows.shape[2:]))
+            out.index_copy_(0, self.tokens.flatten(), rows.to(out.dtype).flatten(0, 1))
         else:
             out.index_copy_(0, self.tokens[~self.padding], rows[~self.padding].to(out.dtype))
+
+    @property
+    def rows(self) -> int:
+        """R, the number of chunks."""
+        return sum(self.active)
 
     def _view(self, x: Tensor) -> Tensor:
         """Return the window of x [tokens N H D] as [steps S C N H D]."""
@@ -102,23 +107,29 @@ class Chunks:
     def _blocks_of(self, group: slice, starts: Tensor, lengths: Tensor, counts: Tensor) -> Iterator[Block]:
         within = torch.arange(self.chunk)
         step, steps = 0, int(counts.max())
+        whole = int(counts[0]) * self.chunk  # tokens of a sequence, if all are equal and need no padding
+        alike = all(length == whole for length in self.lengths)
         while step < steps:
             n = min(steps - step, max(1, self.rows // int((counts > step).sum())))
+            if alike:
+                window = group, slice(step * self.chunk, (step + n) * self.chunk)
+                active = (group.stop - group.start,) * n
+                yield Block(group, active, self.chunk, None, None, window, len(self.lengths))
+                step += n
+                continue
             active = (counts > torch.arange(step, step + n)[:, None]).sum(1)
             first = active.cumsum(0) - active  # row at which each step begins
             sequence = torch.arange(int(active.sum())) - first.repeat_interleave(active)
             position = torch.arange(step, step + n).repeat_interleave(active)[:, None] * self.chunk + within
             padding = position >= lengths[sequence][:, None]
             tokens = torch.where(padding, 0, starts[sequence][:, None] + position)
-            window = None
-            if not padding.any() and len(set(self.lengths)) == 1:
-                window = (group, slice(step * self.chunk, (step + n) * self.chunk))
             yield Block(
                 sequences=group,
                 active=tuple(active.tolist()),
+                chunk=self.chunk,
                 tokens=tokens.to(self.device),
                 padding=padding.to(self.device) if padding.any() else None,
-                window=window,
+                window=None,
                 batch=len(self.lengths),
             )
             step += n

@@ -74,11 +74,12 @@ class _Chunked(torch.autograd.Function):
             M = x.k.shape[2]
             scores = x.decay.scores()
             inverse = _unit_lower_inverse(scores[:, :, :M] * x.w.mT)
-            states, rest, u = _run_forward(block, x, state, inverse)
-            o = (scores[:, :, M:] @ u).sub_(rest[:, :, M:])
-            block.scatter(out, o)
+            states = None
             if any(ctx.needs_input_grad):
+                states = state.new_empty(block.rows, *state.shape[1:])
                 saved += [inverse, states]
+            rest, u = _run_forward(block, x, state, inverse, states)
+            block.scatter(out, (scores[:, :, M:] @ u).sub_(rest[:, :, M:]))
         final = torch.empty_like(state)
         final[order] = state
         ctx.save_for_backward(q, k, v, beta, log_decay, *saved)
@@ -117,8 +118,7 @@ def _cut(k: Tensor, v: Tensor, lengths: list[int], dtype: torch.dtype) -> Chunks
     rows = min(CHUNK_ROWS, max(16, 4 * k.shape[-1]))  # many more rows than K only cancel each other's digits
     longest = max(1, max(lengths, default=1))
     chunk = -(-longest // -(-longest // max(1, rows // N)))
-    K, V = k.shape[-1], v.shape[-1]
-    row_bytes = H * max(chunk * (N + 1) * max(K, V, chunk * N), K * V) * dtype.itemsize
+    row_bytes = H * chunk * (N + 1) * max(k.shape[-1], v.shape[-1], chunk * N) * dtype.itemsize
     return Chunks(lengths, chunk, max(1, BLOCK_BYTES // row_bytes), k.device)
 
 
@@ -132,7 +132,7 @@ def _flatten(q, k, v, beta, log_decay) -> dict[str, Tensor]:
 
 def _load(block: Block, flat: dict[str, Tensor], scale: float, dtype: torch.dtype) -> _Inputs:
     """Gather one block's inputs; key heads are repeated for the block only."""
-    (R, C), (N, Hk, K), H = block.tokens.shape, flat["k"].shape[1:], flat["v"].shape[2]
+    (R, C), (N, Hk, K), H = (block.rows, block.chunk), flat["k"].shape[1:], flat["v"].shape[2]
     M = C * N
     kq = torch.empty(R, Hk, M + C, K, dtype=dtype, device=flat["k"].device)
     k, q = kq[:, :, :M], kq[:, :, M:]
@@ -168,48 +168,55 @@ def _unit_lower_inverse(strict: Tensor) -> Tensor:
     return out
 
 
-def _run_forward(block: Block, x: _Inputs, state: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Walk over a block's chunks; return the states at their starts [R H K V], [n v; 0] - D_i0 [k; q] S, and u.
+def _run_forward(
+    block: Block, x: _Inputs, state: Tensor, inverse: Tensor, states: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Walk over a block's chunks; return [n v; 0] - D_i0 [k; q] S, and u.
 
-    `state` holds every sequence's state before the block, and after it on return.
+    `state` holds every sequence's state before the block, and after it on return; `states` [R H K V] gets those at the
+    chunks' starts.
     """
     M, (into, out) = x.k.shape[2], (x.decay.into, x.decay.out)
     rest = x.v.new_empty(*x.kq.shape[:3], x.v.shape[3])
     torch.mul(x.v, x.norm, out=rest[:, :, :M])
     rest[:, :, M:] = 0
     u = torch.empty_like(x.v)
-    states = x.v.new_empty(*x.v.shape[:2], x.k.shape[3], x.v.shape[3])
     state = state[block.sequences]
     for rows, alive in block.steps():
         S = state[:alive].flatten(0, 1)
-        states[rows] = state[:alive]
+        if states is not None:
+            states[rows] = state[:alive]
         left = rest[rows].flatten(0, 1).baddbmm_(into[rows].flatten(0, 1), S, alpha=-1)[:, :M]
         step = torch.mul(torch.bmm(inverse[rows].flatten(0, 1), left).view(u[rows].shape), x.w[rows], out=u[rows])
         if x.decay.total is not None:
             state[:alive].mul_(x.decay.total[rows])
         S.baddbmm_(out[rows].flatten(0, 1).mT, step.flatten(0, 1))
-    return states, rest, u
+    return rest, u
 
 
-def _run_backward(block: Block, x: _Inputs, d_state: Tensor, du: Tensor, d_rest: Tensor, inverse: Tensor) -> Tensor:
-    """Walk back over a block's chunks; return the gradient to the state at every chunk's end [R H K V].
+def _run_backward(
+    block: Block, x: _Inputs, d_state: Tensor, du: Tensor, d_rest: Tensor, inverse: Tensor, states: Tensor, u: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Walk back over a block's chunks; return the gradients to decay.out and (over V) to decay.total.
 
     Adds to du what comes through later chunks, and writes the keys' rows of d_rest = [-X^T diag(w) du; d_o], minus the
     gradient to `rest`. `d_state` holds the gradient to every sequence's state after the block, and before it on return.
     """
-    M, (into, out), minus_w = x.k.shape[2], (x.decay.into, x.decay.out), -x.w
-    d_ends = x.v.new_empty(*x.v.shape[:2], x.k.shape[3], x.v.shape[3])
+    M, (into, out), minus_w, total = x.k.shape[2], (x.decay.into, x.decay.out), -x.w, x.decay.total
+    d_out = torch.empty_like(x.k)
+    d_total = None if total is None else states.new_empty(states.shape[:3])
     d_state = d_state[block.sequences]
     for rows, alive in reversed(block.steps()):
         dS = d_state[:alive].flatten(0, 1)
-        d_ends[rows] = d_state[:alive]
+        torch.bmm(u[rows].flatten(0, 1), dS.mT, out=d_out[rows].flatten(0, 1))
         du[rows].flatten(0, 1).baddbmm_(out[rows].flatten(0, 1), dS)
         back = d_rest[rows].flatten(0, 1)
         back[:, :M] = torch.bmm(inverse[rows].flatten(0, 1).mT, (du[rows] * minus_w[rows]).flatten(0, 1))
-        if x.decay.total is not None:
-            d_state[:alive].mul_(x.decay.total[rows])
+        if total is not None and d_total is not None:
+            torch.sum(states[rows] * d_state[:alive], -1, out=d_total[rows])
+            d_state[:alive].mul_(total[rows])
         dS.baddbmm_(into[rows].flatten(0, 1).mT, back)
-    return d_ends
+    return d_out, d_total
 
 
 def _block_backward(
@@ -225,21 +232,20 @@ def _block_backward(
     d_rest = torch.empty(*x.kq.shape[:3], x.v.shape[3], dtype=x.v.dtype, device=x.v.device)
     d_o = block.gather(d_out, x.v.dtype, out=d_rest[:, :, M:])
     du = scores[:, :, M:].mT @ d_o
-    d_ends = _run_backward(block, x, d_state, du, d_rest, inverse)
     f = inverse @ (x.v * x.norm).sub_(x.decay.into[:, :, :M] @ states)
+    d_out_k, d_total = _run_backward(block, x, d_state, du, d_rest, inverse, states, f * x.w)
 
     d_scores = d_rest @ f.mT
-    dw = (f * du).sum(-1, keepdim=True)
+    dw = f.mul_(du).sum(-1, keepdim=True)
     dw += (d_scores[:, :, :M] * scores[:, :, :M]).sum(-2).unsqueeze(-1)
-    d_out_k = f.mul_(x.w) @ d_ends.mT
-    at_end = None if x.decay.total is None else (x.decay.out * d_out_k).sum(2)
+    at_end = None if d_total is None else (x.decay.out * d_out_k).sum(2)
     d_kq, dk = x.decay.backward(d_scores.mul_(x.w.mT), d_rest @ states.mT, d_out_k)
     h = d_rest[:, :, :M].neg()
 
     grads = {"q": d_kq[:, :, M:], "v": h * x.norm, "beta": dw / x.squared}
-    if x.decay.reset is not None and x.decay.total is not None and at_end is not None:
-        carried = x.decay.total.squeeze(-1) * (states * d_ends).sum(-1)
-        grads["log_decay"] = _decay_grad(x, x.decay.reset, d_kq, dk, at_end + carried)
+    if x.decay.reset is not None and x.decay.total is not None and at_end is not None and d_total is not None:
+        at_end += x.decay.total.squeeze(-1) * d_total
+        grads["log_decay"] = _decay_grad(x, x.decay.reset, d_kq, dk, at_end)
     d_norm = h.mul_(x.v).sum(-1, keepdim=True)
     d_squared = (d_norm / x.norm).mul_(0.5).sub_(grads["beta"] * x.w)
     grads["k"] = dk.add_(d_kq[:, :, :M]).addcmul_(x.k, d_squared, value=2)
