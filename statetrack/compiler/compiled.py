@@ -22,6 +22,7 @@ from statetrack.compiler.certificate import Certificate, certify
 from statetrack.compiler.network import Network, State, Style
 from statetrack.compiler.operations import Head, Merge, Operation, Swap
 from statetrack.errors import UsageError
+from statetrack.model import Model
 
 FORMAT = "statetrack compiled automaton 1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -157,6 +158,12 @@ class CompiledAutomaton(Network):
                 raise UsageError(f"dtype={dtype!r} is unknown; accepted: {', '.join(DTYPES)}")
             dtype = DTYPES[dtype]
         return certify(self, dtype, backend, device)
+
+    def to_model(self) -> Model:
+        """Return an ordinary `Model` of DeltaProduct blocks with these weights (see to_model.py)."""
+        from statetrack.compiler.to_model import to_model
+
+        return to_model(self)
 
     def copy_in(self, dtype: torch.dtype, device: str) -> CompiledAutomaton:
         """Return the same network in another arithmetic or place."""
