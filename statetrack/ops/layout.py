@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,16 @@ class Block:
     def _rows(self, rows: Tensor) -> Tensor:
         """Return rows [R H C N D] as [steps S C N H D]."""
         return rows.unflatten(0, (len(self.active), -1)).permute(0, 1, 3, 4, 2, 5)
+
+    def split(self, *tensors: Tensor | None) -> list[tuple[Any, ...]]:
+        """Return, step by step, the parts [alive*H ...] of tensors [R H ...]; None stays None."""
+        parts = []
+        for x in tensors:
+            if x is None:
+                parts.append([None] * len(self.active))
+            else:
+                parts.append(x.flatten(0, 1).split([alive * x.shape[1] for alive in self.active]))
+        return list(zip(*parts, strict=True))
 
     def steps(self) -> list[tuple[slice, int]]:
         """Return, step by step, its rows and how many sequences are alive: consecutive chunks of those."""

@@ -28,7 +28,7 @@ from statetrack.ops.decay import HeadDecay, KeyDecay, MildDecay, decayed, log_de
 from statetrack.ops.layout import Block, Chunks
 
 CHUNK_ROWS = 32  # target for M = C N
-BLOCK_BYTES = 1 << 20  # of the largest temporary: a dozen of them stay in a core's cache
+BLOCK_BYTES = 1 << 21  # of the largest temporary: a dozen of them stay in a core's cache
 SAFE = 2.0**-60  # keys whose squared length lies between this and its inverse need no power of two: it changes nothing
 
 
@@ -43,7 +43,9 @@ def delta_rule_chunk(
     lengths: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Compute `delta_rule` chunk by chunk, with gradients to every tensor (once differentiable)."""
-    return _Chunked.apply(q, k, v, beta, log_decay, scale, initial_state, lengths)  # pyright: ignore[reportReturnType]
+    given = [x for x in (q, k, v, beta, log_decay, initial_state) if x is not None]
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    return _Chunked.apply(q, k, v, beta, log_decay, scale, initial_state, lengths, keep)  # pyright: ignore[reportReturnType]
 
 
 @dataclass
@@ -62,7 +64,7 @@ class _Inputs:
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, beta, log_decay, scale, initial_state, lengths):
+    def forward(ctx, q, k, v, beta, log_decay, scale, initial_state, lengths, keep):
         chunks = _cut(k, v, lengths, initial_state.dtype)
         flat = _flatten(q, k, v, beta, log_decay)
         out = v.new_empty(v.shape[0] * v.shape[1], 1, *v.shape[3:])
@@ -75,11 +77,12 @@ class _Chunked(torch.autograd.Function):
             scores = x.decay.scores()
             inverse = _unit_lower_inverse(scores[:, :, :M] * x.w.mT)
             states = None
-            if any(ctx.needs_input_grad):
+            if keep:
                 states = state.new_empty(block.rows, *state.shape[1:])
                 saved += [inverse, states]
             rest, u = _run_forward(block, x, state, inverse, states)
-            block.scatter(out, (scores[:, :, M:] @ u).sub_(rest[:, :, M:]))
+            o = torch.baddbmm(rest[:, :, M:].flatten(0, 1), scores[:, :, M:].flatten(0, 1), u.flatten(0, 1), beta=-1)
+            block.scatter(out, o.unflatten(0, u.shape[:2]))
         final = torch.empty_like(state)
         final[order] = state
         ctx.save_for_backward(q, k, v, beta, log_decay, *saved)
@@ -109,7 +112,7 @@ class _Chunked(torch.autograd.Function):
             None if x is None else grads[name].view(x.shape)
             for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta), ("log_decay", log_decay))
         )
-        return dq, dk, dv, d_beta, d_decay, None, d_initial, None
+        return dq, dk, dv, d_beta, d_decay, None, d_initial, None, None
 
 
 def _cut(k: Tensor, v: Tensor, lengths: list[int], dtype: torch.dtype) -> Chunks:
@@ -176,21 +179,22 @@ def _run_forward(
     `state` holds every sequence's state before the block, and after it on return; `states` [R H K V] gets those at the
     chunks' starts.
     """
-    M, (into, out) = x.k.shape[2], (x.decay.into, x.decay.out)
+    M = x.k.shape[2]
     rest = x.v.new_empty(*x.kq.shape[:3], x.v.shape[3])
     torch.mul(x.v, x.norm, out=rest[:, :, :M])
     rest[:, :, M:] = 0
     u = torch.empty_like(x.v)
-    state = state[block.sequences]
-    for rows, alive in block.steps():
-        S = state[:alive].flatten(0, 1)
-        if states is not None:
-            states[rows] = state[:alive]
-        left = rest[rows].flatten(0, 1).baddbmm_(into[rows].flatten(0, 1), S, alpha=-1)[:, :M]
-        step = torch.mul(torch.bmm(inverse[rows].flatten(0, 1), left).view(u[rows].shape), x.w[rows], out=u[rows])
-        if x.decay.total is not None:
-            state[:alive].mul_(x.decay.total[rows])
-        S.baddbmm_(out[rows].flatten(0, 1).mT, step.flatten(0, 1))
+    flat = state[block.sequences].flatten(0, 1)
+    parts = block.split(x.decay.into, x.decay.out, x.w, inverse, rest, u, x.decay.total, states)
+    for into, out, w, X, left, step, total, kept in parts:
+        S = flat[: len(into)]
+        if kept is not None:
+            kept.copy_(S)
+        left.baddbmm_(into, S, alpha=-1)
+        torch.mul(torch.bmm(X, left[:, :M]), w, out=step)
+        if total is not None:
+            S *= total
+        S.baddbmm_(out.mT, step)
     return rest, u
 
 
@@ -202,20 +206,20 @@ def _run_backward(
     Adds to du what comes through later chunks, and writes the keys' rows of d_rest = [-X^T diag(w) du; d_o], minus the
     gradient to `rest`. `d_state` holds the gradient to every sequence's state after the block, and before it on return.
     """
-    M, (into, out), minus_w, total = x.k.shape[2], (x.decay.into, x.decay.out), -x.w, x.decay.total
+    M = x.k.shape[2]
     d_out = torch.empty_like(x.k)
-    d_total = None if total is None else states.new_empty(states.shape[:3])
-    d_state = d_state[block.sequences]
-    for rows, alive in reversed(block.steps()):
-        dS = d_state[:alive].flatten(0, 1)
-        torch.bmm(u[rows].flatten(0, 1), dS.mT, out=d_out[rows].flatten(0, 1))
-        du[rows].flatten(0, 1).baddbmm_(out[rows].flatten(0, 1), dS)
-        back = d_rest[rows].flatten(0, 1)
-        back[:, :M] = torch.bmm(inverse[rows].flatten(0, 1).mT, (du[rows] * minus_w[rows]).flatten(0, 1))
-        if total is not None and d_total is not None:
-            torch.sum(states[rows] * d_state[:alive], -1, out=d_total[rows])
-            d_state[:alive].mul_(total[rows])
-        dS.baddbmm_(into[rows].flatten(0, 1).mT, back)
+    d_total = None if x.decay.total is None else states.new_empty(states.shape[:3])
+    flat = d_state[block.sequences].flatten(0, 1)
+    tensors = x.decay.into, x.decay.out, -x.w, inverse, u, du, d_rest, d_out, x.decay.total, states, d_total
+    for into, out, minus_w, X, step, d_step, back, d_written, total, S, d_decayed in reversed(block.split(*tensors)):
+        dS = flat[: len(into)]
+        torch.bmm(step, dS.mT, out=d_written)
+        d_step.baddbmm_(out, dS)
+        back[:, :M] = torch.bmm(X.mT, d_step * minus_w)
+        if total is not None:
+            torch.sum(S * dS, -1, out=d_decayed)
+            dS *= total
+        dS.baddbmm_(into.mT, back)
     return d_out, d_total
 
 
