@@ -40,7 +40,7 @@ EVALUATED = (40, 256)
 def mixers(eigenvalues: tuple[float, float]) -> dict[str, MixerConfig]:
     """Return the mixer of every family that has a range."""
     delta = {"dim": 32, "heads": 8, "conv_size": 0, "beta_std": 4.0, "norm_eps": 0.1, "eigenvalues": eigenvalues}
-    small = {"dim": 32, "heads": 4, "norm_eps": 0.1, "eigenvalues": eigenvalues}
+    small = {"dim": 32, "heads": 8, "gate_std": 4.0, "norm_eps": 0.1, "eigenvalues": eigenvalues}
     steps = (0.1, 1.0)
     return {
         "DeltaNet": DeltaProductConfig(**delta),
@@ -48,11 +48,11 @@ def mixers(eigenvalues: tuple[float, float]) -> dict[str, MixerConfig]:
         "Mamba": MambaConfig(dim=32, state_size=4, rank=32, conv_size=0, dt_range=steps, eigenvalues=eigenvalues),
         "Mamba-2": Mamba2Config(**small, state_size=8, conv_size=0, dt_range=steps),
         "GLA": GLAConfig(**small, temperature=1.0),
-        "HGRN2": HGRN2Config(**small),
+        "HGRN2": HGRN2Config(dim=32, heads=8, norm_eps=0.1, eigenvalues=eigenvalues),
         "mLSTM": MLSTMConfig(**small),
         "RWKV-6": RWKV6Config(**small),
-        "RWKV-7": RWKV7Config(**small),
-        "RetNet": RetNetConfig(**small),
+        "RWKV-7": RWKV7Config(**{**small, "heads": 2}),
+        "RetNet": RetNetConfig(dim=32, heads=8, norm_eps=0.1, eigenvalues=eigenvalues),
     }
 
 

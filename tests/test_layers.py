@@ -17,9 +17,17 @@ from statetrack.layers import (
     MIXERS,
     AttentionConfig,
     DeltaProductConfig,
+    DenseRNNConfig,
+    GLAConfig,
+    HGRN2Config,
     LSTMConfig,
+    Mamba2Config,
     MambaConfig,
     MixerConfig,
+    MLSTMConfig,
+    RetNetConfig,
+    RWKV6Config,
+    RWKV7Config,
 )
 from statetrack.model import Config
 
@@ -104,6 +112,7 @@ OTHER = {
     "eigenvalues": (-0.5, 0.5), "norm_eps": 0.1, "backend": "reference", "state_size": 3, "expand": 3, "rank": 3,
     "rotary_base": 100.0, "dt_range": (0.5, 0.9), "beta_std": 2.0, "key_dim": 3, "gate_rank": 5, "temperature": 1.0,
     "groups": 2, "first_exponent": 1.0, "lower_bound": 0.3, "gate_cap": 0.5, "mix_rank": 5,
+    "gate_std": 2.0,
 }  # fmt: skip
 OPTIONS = [(cls, f.name) for cls in MIXERS.values() for f in dataclasses.fields(cls)]
 
@@ -133,6 +142,21 @@ BAD = [
     (MambaConfig(dim=16, eigenvalues=(1.0, 1.0)), "eigenvalues must be"),
     (MambaConfig(dim=16, state_size=0), "state_size must be"),
     (MambaConfig(dim=16, dt_range=(0.1, 0.01)), "dt_range must be"),
+    (GLAConfig(dim=16, temperature=0.0), "temperature must be positive"),
+    (GLAConfig(dim=16, gate_std=-1.0), "gate_std must be positive"),
+    (GLAConfig(dim=16, key_dim=0), "key_dim must be"),
+    (GLAConfig(dim=16, gate_rank=0), "rank must be"),
+    (Mamba2Config(dim=16, groups=3), "heads=4 does not divide by groups=3"),
+    (Mamba2Config(dim=16, conv_size=-1), "conv_size must be 0"),
+    (Mamba2Config(dim=16, dt_range=(0.1, 0.01)), "dt_range must be"),
+    (Mamba2Config(dim=16, eigenvalues=(0.5, 0.5)), "eigenvalues must be"),
+    (RetNetConfig(dim=12), "even head width"),
+    (RetNetConfig(dim=16, first_exponent=-1.0), "first_exponent must be"),
+    (HGRN2Config(dim=16, lower_bound=1.0), "lower_bound must be"),
+    (MLSTMConfig(dim=16, gate_cap=50.0), "gate_cap must be"),
+    (RWKV6Config(dim=16, mix_rank=0), "mix_rank must be"),
+    (RWKV7Config(dim=16, heads=3), "does not divide"),
+    (DenseRNNConfig(dim=16, state_size=0), "state_size must be"),
     (AttentionConfig(dim=6, heads=2), "even head width"),
     (LSTMConfig(dim=0), "dim must be"),
 ]

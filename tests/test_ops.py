@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from statetrack.errors import UsageError
-from statetrack.ops import delta_rule, selective_scan
+from statetrack.ops import delta_rule, dplr, gated_linear_attention, selective_scan
 
-from .cases import OPS, OpCase, delta_inputs, scan_inputs
+from .cases import OPS, OpCase, attention_inputs, delta_inputs, dplr_inputs, scan_inputs
 
 EXACT = 1e-10
 every_op = pytest.mark.parametrize("case", OPS, ids=lambda c: c.name)
@@ -256,7 +256,15 @@ def test_bad_input_to_delta_rule_is_one_clear_error(message: str, generator):
 
 
 @pytest.mark.parametrize("offsets", [[0, 2], [1, 3], [0, 2, 1, 3], [0]])
-@pytest.mark.parametrize("op, make", [(delta_rule, delta_inputs()), (selective_scan, scan_inputs())])
+@pytest.mark.parametrize(
+    "op, make",
+    [
+        (delta_rule, delta_inputs()),
+        (selective_scan, scan_inputs()),
+        (gated_linear_attention, attention_inputs()),
+        (dplr, dplr_inputs()),
+    ],
+)
 def test_cu_seqlens_that_do_not_cover_the_tokens(op, make, offsets, generator):
     x = make(generator, 1, 3)
     x.pop("initial_state")

@@ -46,6 +46,20 @@ def projection(dim_in: int, dim_out: int) -> nn.Linear:
     return linear
 
 
+def spread_logits(std: float | None, *weights: Tensor) -> None:
+    """Draw the maps of a gate, applied one after the other, so that on inputs of unit size its logits have this spread.
+
+    A published initialisation often leaves every gate near one value, hence every eigenvalue near one place of its
+    range, where a small model may wait long before it begins to track. None leaves the weights as they are.
+    """
+    if std is None:
+        return
+    if not 0 < std < math.inf:
+        raise UsageError(f"gate_std must be positive and finite, got {std}")
+    for weight in weights:
+        nn.init.normal_(weight, std=(std if weight is weights[-1] else 1) * weight.shape[1] ** -0.5)
+
+
 def no_weight_decay(parameter: nn.Parameter) -> nn.Parameter:
     """Mark a parameter that a trainer must not decay although it is a matrix (norms and biases are not, anyway)."""
     parameter._no_weight_decay = True  # pyright: ignore[reportAttributeAccessIssue]

@@ -4,21 +4,23 @@
 
 It is the "full matrix" baseline of Grazzi et al. (arXiv 2411.12537), section 5.2 and appendix E.2: M = 32, no input to
 the state, the state projected to the unit ball before a linear decoder. On token embeddings W x is the paper's free
-matrix per token. Nothing bounds the norm of A, so eigenvalues have no range, and after some length the state fades or
-overflows: that is the paper's finding too.
+matrix per token. Nothing bounds the norm of A, so eigenvalues have no range. The state is kept as its direction and the
+logarithm of its norm: the same function, but nothing overflows.
 
 Letters: B batch, T tokens, D channels, M rows and columns of the state.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from statetrack.layers.common import MemoryState, check_positive, no_weight_decay, precise, projection, zero_memory
+from statetrack.layers.common import check_positive, no_weight_decay, precise, projection, zero_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,13 @@ class DenseRNNConfig:
         return DenseRNN(self)
 
 
+class DenseRNNState(NamedTuple):
+    """The state divided by its norm, and the norm's logarithm."""
+
+    direction: Float[Tensor, "B M M"]
+    log_norm: Float[Tensor, "B"]
+
+
 class DenseRNN(nn.Module):
     """Mix tokens by products of unstructured matrices."""
 
@@ -47,11 +56,11 @@ class DenseRNN(nn.Module):
         self.offset = no_weight_decay(nn.Parameter(torch.eye(M)))
         self.o_proj = projection(M * M, config.dim)
 
-    def init_state(self, batch: int) -> MemoryState:
+    def init_state(self, batch: int) -> DenseRNNState:
         """Return the state before the first token: the identity."""
         M = self.config.state_size
-        eye = torch.eye(M, device=self.offset.device)
-        return MemoryState(zero_memory(self.offset, batch, 1, M, M) + eye)
+        direction = zero_memory(self.offset, batch, M, M) + torch.eye(M, device=self.offset.device) * M**-0.5
+        return DenseRNNState(direction, direction.new_full((batch,), 0.5 * math.log(M)))
 
     def op_inputs(self, x: Float[Tensor, "B T D"]) -> dict[str, Tensor]:
         """Return the transitions A [B T M M]."""
@@ -59,16 +68,16 @@ class DenseRNN(nn.Module):
         return {"A": precise(self.transition(x)).unflatten(-1, (M, M)) + self.offset}
 
     def forward(
-        self, x: Float[Tensor, "B T D"], state: MemoryState | None = None
-    ) -> tuple[Float[Tensor, "B T D"], MemoryState]:
+        self, x: Float[Tensor, "B T D"], state: DenseRNNState | None = None
+    ) -> tuple[Float[Tensor, "B T D"], DenseRNNState]:
         """Mix x after what `state` has seen; return the outputs and the new state."""
         state = self.init_state(x.shape[0]) if state is None else state
         if x.shape[1] == 0:
             return x, state
-        S, out = state.memory[:, 0], []
+        (S, log_norm), out = state, []
         for A in self.op_inputs(x)["A"].unbind(1):
             S = A.to(S.dtype) @ S
-            out.append(S)
-        seen = torch.stack(out, dim=1).flatten(2)
-        seen = seen / seen.norm(dim=-1, keepdim=True).clamp(min=1)
-        return self.o_proj(seen.to(x.dtype)), MemoryState(S[:, None])
+            norm = S.square().sum((1, 2)).sqrt().clamp(min=torch.finfo(S.dtype).tiny)
+            S, log_norm = S / norm[:, None, None], log_norm + norm.log()
+            out.append(S * log_norm.clamp(max=0).exp()[:, None, None])
+        return self.o_proj(torch.stack(out, dim=1).flatten(2).to(x.dtype)), DenseRNNState(S, log_norm)

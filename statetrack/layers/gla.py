@@ -30,6 +30,7 @@ from statetrack.layers.common import (
     head_width,
     precise,
     projection,
+    spread_logits,
     zero_memory,
 )
 from statetrack.ops import gated_linear_attention
@@ -50,6 +51,8 @@ class GLAConfig:
     """rank of the gate's projection"""
     temperature: float = 16.0
     """tau: the gate is the sigmoid's 1/tau-th power; large ones forget slowly and never flip"""
+    gate_std: float | None = None
+    """standard deviation of the gate's logits at the start; default the published initialisation, near 0.3"""
     eigenvalues: tuple[float, float] = (-1.0, 1.0)
     """range of the transition's eigenvalues"""
     norm_eps: float = 1e-6
@@ -76,6 +79,7 @@ class GLA(nn.Module):
         self.k_proj = projection(config.dim, H * self.key_dim)
         self.v_proj = projection(config.dim, H * self.head_dim)
         self.decay_proj = LowRank(config.dim, config.gate_rank, H * self.key_dim)
+        spread_logits(config.gate_std, self.decay_proj.down.weight, self.decay_proj.up.weight)
         self.output_gate = nn.Linear(config.dim, H * self.head_dim)
         self.norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
         self.o_proj = projection(H * self.head_dim, config.dim)

@@ -26,6 +26,7 @@ from statetrack.layers.common import (
     check_positive,
     head_width,
     precise,
+    spread_logits,
     time_step_bias,
     zero_memory,
 )
@@ -51,6 +52,8 @@ class Mamba2Config:
     """window of the short convolution; 0 for none"""
     dt_range: tuple[float, float] = (1e-3, 0.1)
     """time steps at initialisation, log-uniform between these"""
+    gate_std: float | None = None
+    """standard deviation of dt's logits at the start; default the published initialisation, near 0.6"""
     eigenvalues: tuple[float, float] = (-1.0, 1.0)
     """range of the transition's eigenvalues"""
     norm_eps: float = 1e-6
@@ -86,6 +89,7 @@ class Mamba2(nn.Module):
         self.inner, shared = H * self.head_dim, config.groups * config.state_size
         self.sizes = [self.inner, shared, shared]  # u, B, C
         self.in_proj = nn.Linear(config.dim, 2 * self.inner + 2 * shared + H, bias=False)
+        spread_logits(config.gate_std, self.in_proj.weight[-H:])
         self.conv = ShortConvolution(sum(self.sizes), config.conv_size, bias=True) if config.conv_size else None
         self.A_log = nn.Parameter(torch.empty(H).uniform_(1, 16).log_())
         self.dt_bias = nn.Parameter(time_step_bias(H, *config.dt_range))

@@ -31,6 +31,7 @@ from statetrack.layers.common import (
     head_width,
     precise,
     projection,
+    spread_logits,
     zero_memory,
 )
 from statetrack.ops import gated_linear_attention
@@ -49,6 +50,8 @@ class MLSTMConfig:
     """width of a head's keys; default half of its values'"""
     gate_cap: float = 15.0
     """bound of the gates' logits"""
+    gate_std: float | None = None
+    """standard deviation of the forget gate's logits at the start; default torch's, near 0.6"""
     eigenvalues: tuple[float, float] = (-1.0, 1.0)
     """range of the forget gate, the transition's eigenvalue"""
     norm_eps: float = 1e-6
@@ -82,6 +85,7 @@ class MLSTM(nn.Module):
         self.k_proj = projection(config.dim, H * self.key_dim)
         self.v_proj = projection(config.dim, H * self.head_dim)
         self.gates = nn.Linear(config.dim, 2 * H)  # input, forget
+        spread_logits(config.gate_std, self.gates.weight[H:])
         with torch.no_grad():
             self.gates.bias.copy_(torch.cat([torch.zeros(H), torch.linspace(3, 6, H)]))
         self.output_gate = projection(config.dim, H * self.head_dim)

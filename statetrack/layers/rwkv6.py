@@ -30,6 +30,7 @@ from statetrack.layers.common import (
     precise,
     projection,
     shifted,
+    spread_logits,
     zero_memory,
 )
 from statetrack.ops import gated_linear_attention
@@ -48,6 +49,8 @@ class RWKV6Config:
     """rank of what decides how much of the token before is mixed in"""
     gate_rank: int = 64
     """rank of the decay's projection"""
+    gate_std: float | None = None
+    """standard deviation of the decay's logits at the start; default near 0.2"""
     eigenvalues: tuple[float, float] = (-1.0, 1.0)
     """range of the transition's eigenvalues"""
     norm_eps: float = 1e-6
@@ -81,6 +84,7 @@ class RWKV6(nn.Module):
         self.mix_up = nn.Parameter(torch.empty(5, config.mix_rank, config.dim).uniform_(-0.01, 0.01))
         self.r_proj, self.k_proj, self.v_proj, self.g_proj = (projection(config.dim, inner) for _ in range(4))
         self.decay_proj = LowRank(config.dim, config.gate_rank, inner, tanh=True)
+        spread_logits(config.gate_std, self.decay_proj.down.weight, self.decay_proj.up.weight)
         with torch.no_grad():
             self.decay_proj.up.bias.copy_(torch.linspace(-6, -1, self.head_dim).repeat(config.heads))
         self.bonus = no_weight_decay(nn.Parameter(torch.linspace(0, 1, inner).view(config.heads, self.head_dim)))

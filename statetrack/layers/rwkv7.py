@@ -34,6 +34,7 @@ from statetrack.layers.common import (
     precise,
     projection,
     shifted,
+    spread_logits,
     zero_memory,
 )
 from statetrack.layers.rwkv6 import RWKV6State as RWKV7State
@@ -51,6 +52,8 @@ class RWKV7Config:
     """width of keys and values; default dim / heads"""
     gate_rank: int = 32
     """rank of the projections of the decay, the rate s and the output gate"""
+    gate_std: float | None = None
+    """standard deviation of the rate's logits at the start; default near 0.3"""
     eigenvalues: tuple[float, float] = (-1.0, 1.0)
     """range of the correction's eigenvalue"""
     norm_eps: float = 1e-6
@@ -74,6 +77,7 @@ class RWKV7(nn.Module):
         self.r_proj, self.k_proj, self.v_proj = (projection(config.dim, inner) for _ in range(3))
         self.decay_proj = LowRank(config.dim, rank, inner, tanh=True)
         self.rate_proj = LowRank(config.dim, rank, inner)
+        spread_logits(config.gate_std, self.rate_proj.down.weight, self.rate_proj.up.weight)
         with torch.no_grad():
             self.decay_proj.up.bias.copy_(torch.linspace(-6, 0, self.head_dim).repeat(config.heads))
         self.gate_down, self.gate_up = projection(config.dim, rank), nn.Linear(rank, inner, bias=False)
