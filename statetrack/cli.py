@@ -97,6 +97,8 @@ class TrainArguments:
     """cpu, cuda, or auto: a GPU where there is one"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 is autocast; auto: bfloat16 on a GPU, float32 elsewhere"""
+    init_from_automaton: bool = False
+    """start from the exact weights of the task's automaton (groups, automaton:FILE), which also give the model"""
     out: Unset[Path | None] = None
     """run directory; default runs/TASK_MIXER_LOtoHI_LAYERSl_sSEED"""
     resume: bool = False

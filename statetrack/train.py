@@ -51,6 +51,8 @@ class Settings:
     precision: str = "auto"
     """float32, bfloat16 (autocast), or auto: bfloat16 on a GPU, float32 elsewhere"""
     device: str = "auto"
+    init_from_automaton: bool = False
+    """start from the exact weights of the task's automaton, compiled; `model` must be that model's configuration"""
     log_every: int = 20
     checkpoint_every: int = 500
 
@@ -151,6 +153,31 @@ def learning_rate(settings: Settings, step: int) -> float:
     return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
 
 
+def initial_model(settings: Settings, task: Task) -> Model:
+    """Return the untrained model, or the one that already follows the task's automaton."""
+    if not settings.init_from_automaton:
+        return settings.model.build()
+    model = model_of_task(task)
+    if model.config != settings.model:
+        raise UsageError("init_from_automaton: `model` is not the configuration of the task's compiled automaton")
+    return model
+
+
+def model_of_task(task: Task) -> Model:
+    """Return the exact model of a task's automaton (`CompiledAutomaton.to_model`).
+
+    Raises UsageError for a task without an automaton that begins with BOS.
+    """
+    from statetrack.automata import Automaton
+    from statetrack.compiler import compile
+
+    automaton = getattr(task, "automaton", None)
+    if automaton is None or not getattr(task, "bos", False):
+        raise UsageError(f"task {task.name!r} has no automaton that begins with BOS; accepted: groups, automaton:FILE")
+    without_bos = automaton.table[:, :-1]
+    return compile(Automaton(without_bos, automaton.start, automaton.accepting, automaton.output)).to_model()
+
+
 class Trainer:
     """One run: model, optimiser, data stream and step, in memory."""
 
@@ -161,7 +188,7 @@ class Trainer:
         self.task.length_range(settings.train_length)
         self.device = choose_device(settings.device)
         torch.manual_seed(settings.seed)
-        self.model: Model = settings.model.build().to(self.device)
+        self.model: Model = initial_model(settings, self.task).to(self.device)
         self.optimizer = optimizer_for(self.model, settings)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.step = 0

@@ -29,7 +29,7 @@ from statetrack.layers import DeltaProductConfig
 from statetrack.model import Config
 from statetrack.progress import Bars
 from statetrack.tasks import TASKS, Task, get_task
-from statetrack.train import Settings, load_run, load_settings
+from statetrack.train import Settings, load_run, load_settings, model_of_task
 
 if TYPE_CHECKING:
     from statetrack.evaluate import Length
@@ -57,6 +57,7 @@ def train(a: TrainArguments) -> None:
         seed=a.seed,
         device=a.device,
         precision=a.precision,
+        init_from_automaton=a.init_from_automaton,
     )
     path = a.out or Path("runs") / run_name(a)
     if found := warning(task, settings.model):
@@ -72,10 +73,23 @@ def train(a: TrainArguments) -> None:
     _say(f"trained {settings.steps} steps; next: statetrack evaluate {shlex.quote(str(path))}")
 
 
+ARCHITECTURE = (
+    *("mixer", "eigenvalues", "dim", "layers", "heads", "head_dim", "factors"),
+    *("conv", "beta_std", "state_size", "mlp_dim"),
+)
+"""the options that describe a model"""
+
+
 def model_config(a: TrainArguments, task: Task) -> Config:
     """Return the model that the arguments describe; an option that the mixer does not have is an error."""
     if a.layers < 1:
         raise UsageError(f"layers must be at least 1, got {a.layers}")
+    if a.init_from_automaton:
+        for field in fields(a):
+            if field.name in ARCHITECTURE and getattr(a, field.name) != field.default:
+                flag = "--" + field.name.replace("_", "-")
+                raise UsageError(f"{flag} does not go with --init-from-automaton: the automaton gives the model")
+        return model_of_task(task).config
     name, fixed = MIXERS[a.mixer]
     asked = {
         "eigenvalues": a.eigenvalues,
@@ -104,6 +118,8 @@ def run_name(a: TrainArguments) -> str:
     has_range = "eigenvalues" in CONFIGS[MIXERS[a.mixer][0]].__dataclass_fields__
     ranged = f"_{lo:g}to{hi:g}" if has_range else ""
     task = "".join(c if c.isalnum() else "-" for c in Path(a.task).stem)
+    if a.init_from_automaton:
+        return f"{task}_automaton_s{a.seed}"
     return f"{task}_{a.mixer}{ranged}_{a.layers}l_s{a.seed}"
 
 

@@ -9,7 +9,8 @@ Why it is exact. The constant is 2^16 and the width a power of 4, so every RMSNo
 else is in the stream, and its weight undoes it. SiLU leaves 32 as it is; the keys of swaps are (p, -p), a power of two
 for which numbers are found whose SiLU is p and -p to the last bit. A gate of the SwiGLU is 32 where all evidence is
 there, and below -200, whose SiLU is 0, where some is missing. Sequences begin with a BOS token, the last of the
-vocabulary, which writes the start.
+vocabulary, which writes the start. A mixer's norm has an epsilon of three times the mean square of what it normalises,
+so that the sum is a power of 4 again, and what should be 0 is not blown up once training has made it small instead.
 
 Letters: D width, K head width, H heads, F factors.
 """
@@ -33,8 +34,9 @@ from statetrack.layers import DeltaProduct, DeltaProductConfig
 from statetrack.model import Block, Config, Model
 
 CONSTANT = 2.0**16  # its square swallows the squares of all one-hot entries
-LARGE = 32.0  # what SiLU leaves as it is: values, queries, keys with one entry
+LARGE = 32.0  # what SiLU leaves as it is: queries, keys with one entry, open gates
 SATURATED = 40.0  # a logit whose sigmoid is 1
+SHUT = -120.0  # a logit whose sigmoid is 0
 CONFIDENT = 20.0  # logit of the answer
 
 Row = tuple[list[tuple[int, int]], int]  # evidence: (coordinate of the stream, 1 or -1 for 1 or 0); coordinate written
@@ -207,7 +209,12 @@ class _Builder:
 
     def _config(self, heads: int, factors: int, conv_size: int) -> DeltaProductConfig:
         return DeltaProductConfig(
-            dim=self.dim, heads=heads, head_dim=self.head_dim, factors=factors, conv_size=conv_size, norm_eps=1e-30
+            dim=self.dim,
+            heads=heads,
+            head_dim=self.head_dim,
+            factors=factors,
+            conv_size=conv_size,
+            norm_eps=3 * (LARGE / self.head_dim) ** 2,
         )
 
     def _event_rows(self, level: Level) -> Iterator[Row]:
@@ -244,7 +251,8 @@ class _Builder:
         q = mixer.q_proj.weight.view(H, K, -1)
         k, v = (projection.weight.view(N, H, K, -1) for projection in (mixer.k_proj, mixer.v_proj))
         beta = mixer.beta_proj.weight.view(N, H, -1)
-        mixer.norm.weight.fill_(K**-0.5)
+        mixer.norm.weight.fill_(2 * K**-0.5)
+        beta[:, :, 0] = SHUT
         first, style = 0, Style()
         for h, head in enumerate(level.stage.heads):
             copies = slice(first, first + head.width)
@@ -258,10 +266,11 @@ class _Builder:
                     for i, sign in key.items():
                         k[f, copies, i, at] = LARGE if len(key) == 1 else self.plus if sign > 0 else self.minus
                     v[f, copies, 0, at] = LARGE * value
-                    beta[f, copies, at] = SATURATED * (step - 1)
+                    beta[f, copies, at] = SATURATED * (step - 1) - SHUT
             bos = level.event[len(level.events)]
             for f, i in enumerate(sorted(set().union(*head.start))):
                 k[f, copies, i, bos] = LARGE
+                beta[f, copies, bos] = -SHUT
                 for column, ones in enumerate(head.start):
                     v[f, copies, column, bos] = LARGE * (i in ones)
             first += head.width
@@ -272,7 +281,7 @@ class _Builder:
         assert mixer.conv is not None
         mixer.conv.weight[1, :inner] = 1  # queries: this token
         mixer.conv.weight[0, inner:] = 1  # keys and values: the token before
-        mixer.norm.weight.fill_(K**-0.5)
+        mixer.norm.weight.fill_(2 * K**-0.5)
         for h in range(H):
             mixer.q_proj.weight[h * K, 0] = mixer.k_proj.weight[h * K, 0] = LARGE
         for c in range(known.size):
