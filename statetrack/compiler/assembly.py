@@ -67,10 +67,20 @@ def groups(head: Head) -> list[list[int]]:
     return [[i - a + 1 if a <= i < b else 0 for i in range(head.width)] for a, b in spans]
 
 
+def rows_of(stage: Stage) -> list[tuple[Head, list[int]]]:
+    """Return the rows of a stage: every head once per reading, with that reading's weights."""
+    return [(head, weights) for head in stage.heads for weights in groups(head)]
+
+
+def reading(weights: list[int], ones: Iterable[int]) -> int:
+    """Return what is read with these weights where these coordinates are 1."""
+    return sum(weights[i] for i in ones)
+
+
 def readings(head: Head, ones: Iterable[int]) -> tuple[int, ...]:
     """Return what the head's readings are when these coordinates are 1."""
     ones = tuple(ones)
-    return tuple(sum(weights[i] for i in ones) for weights in groups(head))
+    return tuple(reading(weights, ones) for weights in groups(head))
 
 
 def assemble(plan: Plan) -> tuple[list[Stage], Int[np.ndarray, "codes"], Stage | None]:

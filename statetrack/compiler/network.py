@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from statetrack.automata import Automaton
-from statetrack.compiler.assembly import Stage, groups
+from statetrack.compiler.assembly import Stage, groups, rows_of
 from statetrack.compiler.operations import Head, Merge, Operation
 from statetrack.errors import UsageError
 from statetrack.ops import delta_rule, dplr
@@ -82,7 +82,7 @@ class StageLayer(nn.Module):
     def __init__(self, stage: Stage, style: Style):
         super().__init__()
         self.kind, self.gated, self.asymmetric = stage.kind, style.gated, False
-        rows = [(head, weights) for head in stage.heads for weights in groups(head)]
+        rows = rows_of(stage)
         made = [[style.factors(head, op) for op in head.operations] for head, _ in rows]
         F = max(1, max(len(factors) for ops in made for factors in ops))
         K = max(head.width * style.copies(head) for head, _ in rows)
@@ -161,10 +161,13 @@ class StageLayer(nn.Module):
     def decode(self, known: Int[Tensor, "B T"], o: Float[Tensor, "B T R V"]) -> Int[Tensor, "B T"]:
         """Look up the readings, one after the other."""
         code = known
-        for i, reading in enumerate(o.flatten(2).round().long().unbind(-1)[: self.decoders]):
-            table: Tensor = getattr(self, f"decoder_{i}")
+        for table, reading in zip(self.tables(), o.flatten(2).round().long().unbind(-1), strict=False):
             code = table[code, reading.clamp(0, table.shape[1] - 1)]
         return code
+
+    def tables(self) -> list[Tensor]:
+        """Return the chain of tables that decodes the readings."""
+        return [getattr(self, f"decoder_{i}") for i in range(self.decoders)]
 
 
 class MapLayer(StageLayer):
@@ -276,6 +279,10 @@ class Network(nn.Module):
             return torch.zeros_like(x), window
         padded = torch.cat([window, x], dim=1)
         code = torch.zeros_like(x)
-        for i in range(self.window):
-            code = getattr(self, f"window_{i}")[code, padded[:, self.window - i : padded.shape[1] - i] + 1]
+        for i, table in enumerate(self.window_tables()):
+            code = table[code, padded[:, self.window - i : padded.shape[1] - i] + 1]
         return code, padded[:, padded.shape[1] - self.window :]
+
+    def window_tables(self) -> list[Tensor]:
+        """Return the chain of tables that decodes the window, newest letter first."""
+        return [getattr(self, f"window_{i}") for i in range(self.window)]
