@@ -78,14 +78,10 @@ def compile(
         candidates, late = [_map_stage(merged)], False
     else:
         candidates, late = _candidates(merged, max(1, window), objective, timeout)
-    if not candidates:
-        raise UsageError(
-            f"no network was found for {automaton.states} states within {timeout:g} s; try a larger timeout"
-        )
-    stages, states, seen = min(candidates, key=_cost(objective, structure == "gated"))
-    return CompiledAutomaton(
-        Blueprint(automaton, stages, states, seen, structure, keys, time.monotonic() - began, late)
-    )
+    stages, states, seen = min(candidates, key=_cost(objective, structure == "gated"), default=([], [], None))
+    seconds = time.monotonic() - began
+    chain = not candidates
+    return Blueprint(automaton, stages, states, seen, structure, keys, seconds, late, chain).build()
 
 
 def _check(**options: tuple[str, Sequence[str]]) -> None:

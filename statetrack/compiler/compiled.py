@@ -43,6 +43,14 @@ class Blueprint:
     """that compiling took"""
     late: bool
     """the time ran out: a smaller network may exist"""
+    chain: bool = False
+    """Zeiger's chain (zeiger.py), which has no stages"""
+
+    def build(self) -> CompiledAutomaton:
+        """Return the network."""
+        from statetrack.compiler.zeiger import Chain
+
+        return Chain(self) if self.chain else CompiledAutomaton(self)
 
 
 class CompiledAutomaton(Network):
@@ -132,6 +140,14 @@ class CompiledAutomaton(Network):
         lines = [f"automaton   {b.automaton.states} states, {letters}"]
         seen = f", the first sees {self.window + 1} tokens" if self.window else ""
         lines.append(f"network     {self.depth} recurrent layer(s){seen}; structure {b.structure}, keys {b.keys}")
+        lines += self.layer_lines()
+        late = "; the time ran out: this is the best found so far" if b.late else ""
+        lines.append(f"compiled    in {b.seconds:.2f} s{late}")
+        return "\n".join(lines)
+
+    def layer_lines(self) -> list[str]:
+        """Return the report's lines about the layers."""
+        lines = []
         for i, (stage, factors) in enumerate(zip(self.stages, self.factors, strict=True)):
             heads = "+".join(
                 f"{head.width}x{len(head.start)}" if len(head.start) > 1 else str(head.width) for head in stage.heads
@@ -141,9 +157,7 @@ class CompiledAutomaton(Network):
                 f"  layer {i + 1}   {stage.kind:6s} heads of width {heads}; {factors} factor(s) a token; "
                 f"tables of {rows} entries"
             )
-        late = "; the time ran out: this is the best found so far" if b.late else ""
-        lines.append(f"compiled    in {b.seconds:.2f} s{late}")
-        return "\n".join(lines)
+        return lines
 
     def certificate(
         self, dtype: str | torch.dtype = "float32", backend: str = "auto", device: str = "cpu"
@@ -156,11 +170,15 @@ class CompiledAutomaton(Network):
             if dtype not in DTYPES:
                 raise UsageError(f"dtype={dtype!r} is unknown; accepted: {', '.join(DTYPES)}")
             dtype = DTYPES[dtype]
+        return self.certify(dtype, backend, device)
+
+    def certify(self, dtype: torch.dtype, backend: str, device: str) -> Certificate:
+        """Prove it, for a torch.dtype."""
         return certify(self, dtype, backend, device)
 
     def copy_in(self, dtype: torch.dtype, device: str) -> CompiledAutomaton:
         """Return the same network in another arithmetic or place."""
-        other = CompiledAutomaton(self.blueprint)
+        other = self.blueprint.build()
         other.load_state_dict(self.state_dict())
         return other.to(device=device, dtype=dtype)
 
@@ -185,7 +203,7 @@ class CompiledAutomaton(Network):
             raise UsageError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
         if metadata.get("format") != FORMAT:
             raise UsageError(f"{path} is not a compiled automaton (or of another version)")
-        compiled = cls(_from_json(json.loads(metadata["blueprint"])))
+        compiled = _from_json(json.loads(metadata["blueprint"])).build()
         try:
             compiled.load_state_dict(tensors)
         except RuntimeError as error:

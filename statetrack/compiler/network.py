@@ -4,7 +4,8 @@ A stage looks up, for the letter and what the layers below knew before it, the f
 is a parallel scan over the tokens; and decodes what the heads read. Nothing in it is approximate: keys are small
 integers (or dyadic), so that states stay in {0, 1} to the last bit.
 
-Letters: B batch, T tokens, R rows (one per head and reading), F factors per token, K key dim, V value dim, E events.
+Letters: B batch, T tokens, R rows (one per head and reading), F factors per token, K key dim, V value dim, E events,
+Q states of the automaton.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from statetrack.automata import Automaton
@@ -31,7 +32,7 @@ class StageState(NamedTuple):
     """What a stage carries from token to token."""
 
     memory: Float[Tensor, "B R K V"]
-    below: Int[Tensor, "B"]
+    below: Int[Tensor, "B"] | Bool[Tensor, "B Q"]
     """what the layers below knew after the last token"""
 
 
@@ -214,7 +215,7 @@ class State(NamedTuple):
     stages: tuple[StageState, ...]
     window: Int[Tensor, "B W_minus_1"]
     """the last letters, newest last; -1 where there was none yet"""
-    known: Int[Tensor, "B"]
+    known: Int[Tensor, "B"] | Bool[Tensor, "B Q"]
     """what the whole network knows after the last token"""
 
 
@@ -271,7 +272,11 @@ class Network(nn.Module):
             known, after = layer(x, known, before, backend)
             stages.append(after)
         last = known[:, -1] if tokens.shape[1] else state.known
-        return self.states_of[known], State(tuple(stages), window, last)
+        return self._states(known), State(tuple(stages), window, last)
+
+    def _states(self, known: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+        """Return the automaton's state that this knowledge tells."""
+        return self.states_of[known]
 
     def _seen(self, x: Int[Tensor, "B T"], window: Tensor) -> tuple[Int[Tensor, "B T"], Tensor]:
         """Return what the window alone tells after every token, and the window's new letters."""
