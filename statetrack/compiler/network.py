@@ -90,6 +90,7 @@ class StageLayer(nn.Module):
         E = max(len(ops) for ops in made)
         R = len(rows)
         keys, values, beta = torch.zeros(E, F, R, K), torch.zeros(E, F, R), torch.zeros(E, F, R)
+        keys[..., 0] = 1  # beta = 0 is a no-op too, and a key of length 0 would take the op longer
         V = max(len(head.start) for head in stage.heads)
         log_decay, query, first = torch.zeros(E, R), torch.zeros(R, K), torch.zeros(R, K, V)
         for r, (head, weights) in enumerate(rows):
@@ -102,9 +103,11 @@ class StageLayer(nn.Module):
                 if style.resets(head, head.operations[e]):
                     log_decay[e, r] = -torch.inf
                 for f, (key, value, step) in enumerate(factors):
+                    keys[e, f, r, 0] = 0
                     for i, entry in key.items():
                         keys[e, f, r, i] = entry
                     values[e, f, r], beta[e, f, r] = value, step
+        self.resets = bool(torch.isinf(log_decay).any())
         letters = torch.tensor([head.letters for head, _ in rows])
         self._store(letters, stage, keys=keys, values=values, beta=beta, log_decay=log_decay, query=query, first=first)
 
@@ -157,7 +160,7 @@ class StageLayer(nn.Module):
         q = self.query.expand(B, T, *self.query.shape)
         v = v[..., None].expand(*v.shape, memory.shape[-1])
         options = {"scale": 1.0, "initial_state": memory, "backend": backend}
-        return delta_rule(q, k, v, beta, decay if self.gated else None, **options)
+        return delta_rule(q, k, v, beta, decay if self.resets else None, **options)
 
     def decode(self, known: Int[Tensor, "B T"], o: Float[Tensor, "B T R V"]) -> Int[Tensor, "B T"]:
         """Look up the readings, one after the other."""
