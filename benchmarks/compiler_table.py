@@ -198,7 +198,7 @@ def ask_python(name: str, automaton: Automaton, words: np.ndarray, says: np.ndar
             word = words[row, : t + 1]
             text: Any = bytes(word.tolist()) if alphabet == "bytes" else "".join(automaton.names[x] for x in word)
             matches = oracle.fullmatch(text) is not None
-            asked, otherwise = asked + 1, otherwise + (matches != says[row, t])
+            asked, otherwise = asked + 1, otherwise + int(matches != says[row, t])
     except (TooLong, RecursionError):
         pass
     finally:

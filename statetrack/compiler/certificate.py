@@ -112,7 +112,7 @@ def certify(compiled: CompiledAutomaton, dtype: torch.dtype, backend: str, devic
 def run_random_words(network: CompiledAutomaton, cost: int, backend: str) -> tuple[int, int]:
     """Run random words in parallel, fewer letters the more numbers a token takes; return how many, and how many wrong."""
     length = max(SHORTEST, min(LONGEST, WORK // (WORDS * max(1, cost))))
-    words = random_words(network, WORDS, length)
+    words = random_words(network.automaton, WORDS, length)
     got = network.states(torch.from_numpy(words).to(network.classes.device), backend=backend).cpu().numpy()
     return words.size, int((got != network.automaton.run(words)).sum())
 

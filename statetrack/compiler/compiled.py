@@ -19,12 +19,13 @@ from statetrack.automata import Automaton
 from statetrack.compiler.assembly import Stage
 from statetrack.compiler.cascade import sink_of
 from statetrack.compiler.certificate import Certificate, certify
-from statetrack.compiler.network import Network, State, Style
+from statetrack.compiler.network import KEYS, Network, State, Style
 from statetrack.compiler.operations import Head, Merge, Operation, Swap
 from statetrack.errors import UsageError
 
 FORMAT = "statetrack compiled automaton 1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+STRUCTURES = ("householder", "gated", "dplr")
 BATCH_LETTERS = 1 << 20  # of accepts, in one call
 
 
@@ -203,11 +204,15 @@ class CompiledAutomaton(Network):
             raise UsageError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
         if metadata.get("format") != FORMAT:
             raise UsageError(f"{path} is not a compiled automaton (or of another version)")
-        compiled = _from_json(json.loads(metadata["blueprint"])).build()
         try:
+            compiled = _from_json(json.loads(metadata["blueprint"])).build()
+            made = {name: tensor.clone() for name, tensor in compiled.state_dict().items()}
             compiled.load_state_dict(tensors)
-        except RuntimeError as error:
+        except Exception as error:  # whatever may be wrong with it
             raise UsageError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+        for name, tensor in compiled.state_dict().items():
+            if not torch.equal(tensor, made[name].to(tensors[name].dtype).to(tensor.dtype)):
+                raise UsageError(f"{path} is damaged: {name} is not what was compiled")
         return compiled
 
 
@@ -248,6 +253,8 @@ def _from_json(data: dict[str, Any]) -> Blueprint:
         None if a["output"] is None else np.array(a["output"]),
         None if a["letters"] is None else tuple(a["letters"]),
     )
+    if data["structure"] not in STRUCTURES or data["keys"] not in KEYS:
+        raise ValueError(f"no structure {data['structure']!r} with keys {data['keys']!r}")
     stages = [_stage_from_json(stage) for stage in data["stages"]]
     window = None if data["window"] is None else _stage_from_json(data["window"])
     return Blueprint(**{**data, "automaton": automaton, "stages": stages, "window": window})

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from statetrack.automata import Automaton
 from statetrack.compiler.assembly import Stage, reading, rows_of
+from statetrack.compiler.cascade import sink_of
 from statetrack.compiler.network import Network, StageLayer
 from statetrack.compiler.operations import Merge, Swap
 
@@ -165,10 +167,9 @@ def _pair(walk: Walk, place: Place, x: int, r: int) -> tuple[tuple[Place, int], 
     return (after, r), code
 
 
-def random_words(compiled: CompiledAutomaton, words: int, length: int, seed: int = 0) -> np.ndarray:
-    """Draw words [words length] of a compiled automaton's letters that stay alive as long as they can, nearly always."""
-    automaton, rng = compiled.automaton, np.random.default_rng(seed)
-    table, sink = automaton.table.tolist(), compiled.sink
+def random_words(automaton: Automaton, words: int, length: int, seed: int = 0) -> np.ndarray:
+    """Draw words [words length] that stay alive as long as they can, nearly always."""
+    rng, table, sink = np.random.default_rng(seed), automaton.table.tolist(), sink_of(automaton)
     live = [[x for x, r in enumerate(row) if r != sink] or range(automaton.alphabet) for row in table]
     drawn = np.empty((words, length), dtype=np.int64)
     for row in drawn:
