@@ -8,7 +8,9 @@
     assembly.py      Plan                           -> Stages: heads with operations on 0/1 vectors (operations.py),
                                                        and tables that decode them
     network.py       Stages                         -> tensors, run by ops.delta_rule or ops.dplr
-    certificate.py   the compiled network           -> a proof that it is right at every length
+    zeiger.py        Automaton                      -> the same, for any automaton, where the search finds nothing
+    certificate.py   the compiled network           -> a proof that it is right at every length (discrete.py: if its
+                                                       arithmetic is exact)
 
 The theory is in docs/theory.md: Grazzi et al. (arXiv 2411.12537), Theorems 3 and 4, with partial injections in the
 place of permutation-reset automata.
@@ -23,7 +25,7 @@ from typing import Any
 from statetrack.automata import Automaton, automaton_of
 from statetrack.compiler.assembly import Stage, assemble, assemble_map
 from statetrack.compiler.certificate import Certificate
-from statetrack.compiler.compiled import Blueprint, CompiledAutomaton
+from statetrack.compiler.compiled import STRUCTURES, Blueprint, CompiledAutomaton
 from statetrack.compiler.group_heads import group_stage
 from statetrack.compiler.network import KEYS
 from statetrack.compiler.search import find_plans
@@ -31,7 +33,6 @@ from statetrack.errors import UsageError
 
 __all__ = ["Certificate", "CompiledAutomaton", "compile"]
 
-STRUCTURES = ("householder", "gated", "dplr")
 OBJECTIVES = ("depth", "factors", "width")
 MOST_WINDOW = 8
 
@@ -78,14 +79,10 @@ def compile(
         candidates, late = [_map_stage(merged)], False
     else:
         candidates, late = _candidates(merged, max(1, window), objective, timeout)
-    if not candidates:
-        raise UsageError(
-            f"no network was found for {automaton.states} states within {timeout:g} s; try a larger timeout"
-        )
-    stages, states, seen = min(candidates, key=_cost(objective, structure == "gated"))
-    return CompiledAutomaton(
-        Blueprint(automaton, stages, states, seen, structure, keys, time.monotonic() - began, late)
-    )
+    stages, states, seen = min(candidates, key=_cost(objective, structure == "gated"), default=([], [], None))
+    seconds = time.monotonic() - began
+    chain = not candidates
+    return Blueprint(automaton, stages, states, seen, structure, keys, seconds, late, chain).build()
 
 
 def _check(**options: tuple[str, Sequence[str]]) -> None:

@@ -40,7 +40,7 @@ class Stage:
 
     kind: str
     heads: list[Head]
-    decoder: list[Int[np.ndarray, "codes readings"]]
+    decoder: list[Int[np.ndarray, "_ _"]]
     start: int
     """what is known before the first letter"""
     asymmetric: list[list[Swap | Merge]] = field(default_factory=list)
@@ -67,10 +67,20 @@ def groups(head: Head) -> list[list[int]]:
     return [[i - a + 1 if a <= i < b else 0 for i in range(head.width)] for a, b in spans]
 
 
+def rows_of(stage: Stage) -> list[tuple[Head, list[int]]]:
+    """Return the rows of a stage: every head once per reading, with that reading's weights."""
+    return [(head, weights) for head in stage.heads for weights in groups(head)]
+
+
+def reading(weights: list[int], ones: Iterable[int]) -> int:
+    """Return what is read with these weights where these coordinates are 1."""
+    return sum(weights[i] for i in ones)
+
+
 def readings(head: Head, ones: Iterable[int]) -> tuple[int, ...]:
     """Return what the head's readings are when these coordinates are 1."""
     ones = tuple(ones)
-    return tuple(sum(weights[i] for i in ones) for weights in groups(head))
+    return tuple(reading(weights, ones) for weights in groups(head))
 
 
 def assemble(plan: Plan) -> tuple[list[Stage], Int[np.ndarray, "codes"], Stage | None]:
@@ -127,7 +137,7 @@ def _stage(plan: Plan, layer: Layer, below: Knowledge, above: Knowledge) -> Stag
 
 def chain(
     rows: dict[tuple[int, tuple[int, ...]], int], codes: int, sizes: list[int], final: int
-) -> list[Int[np.ndarray, "codes readings"]]:
+) -> list[Int[np.ndarray, "_ _"]]:
     """Return tables that look up (code, readings) one reading at a time; what is not among `rows` gives the last code.
 
     codes: how many there are at the beginning, final: at the end, both without the code for what cannot be.

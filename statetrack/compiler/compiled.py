@@ -19,13 +19,14 @@ from statetrack.automata import Automaton
 from statetrack.compiler.assembly import Stage
 from statetrack.compiler.cascade import sink_of
 from statetrack.compiler.certificate import Certificate, certify
-from statetrack.compiler.network import Network, State, Style
+from statetrack.compiler.network import KEYS, Network, State, Style
 from statetrack.compiler.operations import Head, Merge, Operation, Swap
 from statetrack.errors import UsageError
 from statetrack.model import Model
 
 FORMAT = "statetrack compiled automaton 1"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+STRUCTURES = ("householder", "gated", "dplr")
 BATCH_LETTERS = 1 << 20  # of accepts, in one call
 
 
@@ -44,6 +45,14 @@ class Blueprint:
     """that compiling took"""
     late: bool
     """the time ran out: a smaller network may exist"""
+    chain: bool = False
+    """Zeiger's chain (zeiger.py), which has no stages"""
+
+    def build(self) -> CompiledAutomaton:
+        """Return the network."""
+        from statetrack.compiler.zeiger import Chain
+
+        return Chain(self) if self.chain else CompiledAutomaton(self)
 
 
 class CompiledAutomaton(Network):
@@ -133,6 +142,14 @@ class CompiledAutomaton(Network):
         lines = [f"automaton   {b.automaton.states} states, {letters}"]
         seen = f", the first sees {self.window + 1} tokens" if self.window else ""
         lines.append(f"network     {self.depth} recurrent layer(s){seen}; structure {b.structure}, keys {b.keys}")
+        lines += self.layer_lines()
+        late = "; the time ran out: this is the best found so far" if b.late else ""
+        lines.append(f"compiled    in {b.seconds:.2f} s{late}")
+        return "\n".join(lines)
+
+    def layer_lines(self) -> list[str]:
+        """Return the report's lines about the layers."""
+        lines = []
         for i, (stage, factors) in enumerate(zip(self.stages, self.factors, strict=True)):
             heads = "+".join(
                 f"{head.width}x{len(head.start)}" if len(head.start) > 1 else str(head.width) for head in stage.heads
@@ -142,9 +159,7 @@ class CompiledAutomaton(Network):
                 f"  layer {i + 1}   {stage.kind:6s} heads of width {heads}; {factors} factor(s) a token; "
                 f"tables of {rows} entries"
             )
-        late = "; the time ran out: this is the best found so far" if b.late else ""
-        lines.append(f"compiled    in {b.seconds:.2f} s{late}")
-        return "\n".join(lines)
+        return lines
 
     def certificate(
         self, dtype: str | torch.dtype = "float32", backend: str = "auto", device: str = "cpu"
@@ -157,6 +172,10 @@ class CompiledAutomaton(Network):
             if dtype not in DTYPES:
                 raise UsageError(f"dtype={dtype!r} is unknown; accepted: {', '.join(DTYPES)}")
             dtype = DTYPES[dtype]
+        return self.certify(dtype, backend, device)
+
+    def certify(self, dtype: torch.dtype, backend: str, device: str) -> Certificate:
+        """Prove it, for a torch.dtype."""
         return certify(self, dtype, backend, device)
 
     def to_model(self) -> Model:
@@ -167,7 +186,7 @@ class CompiledAutomaton(Network):
 
     def copy_in(self, dtype: torch.dtype, device: str) -> CompiledAutomaton:
         """Return the same network in another arithmetic or place."""
-        other = CompiledAutomaton(self.blueprint)
+        other = self.blueprint.build()
         other.load_state_dict(self.state_dict())
         return other.to(device=device, dtype=dtype)
 
@@ -192,11 +211,15 @@ class CompiledAutomaton(Network):
             raise UsageError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
         if metadata.get("format") != FORMAT:
             raise UsageError(f"{path} is not a compiled automaton (or of another version)")
-        compiled = cls(_from_json(json.loads(metadata["blueprint"])))
         try:
+            compiled = _from_json(json.loads(metadata["blueprint"])).build()
+            made = {name: tensor.clone() for name, tensor in compiled.state_dict().items()}
             compiled.load_state_dict(tensors)
-        except RuntimeError as error:
+        except Exception as error:  # whatever may be wrong with it
             raise UsageError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+        for name, tensor in compiled.state_dict().items():
+            if not torch.equal(tensor, made[name].to(tensors[name].dtype).to(tensor.dtype)):
+                raise UsageError(f"{path} is damaged: {name} is not what was compiled")
         return compiled
 
 
@@ -237,6 +260,8 @@ def _from_json(data: dict[str, Any]) -> Blueprint:
         None if a["output"] is None else np.array(a["output"]),
         None if a["letters"] is None else tuple(a["letters"]),
     )
+    if data["structure"] not in STRUCTURES or data["keys"] not in KEYS:
+        raise ValueError(f"no structure {data['structure']!r} with keys {data['keys']!r}")
     stages = [_stage_from_json(stage) for stage in data["stages"]]
     window = None if data["window"] is None else _stage_from_json(data["window"])
     return Blueprint(**{**data, "automaton": automaton, "stages": stages, "window": window})

@@ -4,7 +4,8 @@ A stage looks up, for the letter and what the layers below knew before it, the f
 is a parallel scan over the tokens; and decodes what the heads read. Nothing in it is approximate: keys are small
 integers (or dyadic), so that states stay in {0, 1} to the last bit.
 
-Letters: B batch, T tokens, R rows (one per head and reading), F factors per token, K key dim, V value dim, E events.
+Letters: B batch, T tokens, R rows (one per head and reading), F factors per token, K key dim, V value dim, E events,
+Q states of the automaton.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from statetrack.automata import Automaton
-from statetrack.compiler.assembly import Stage, groups
+from statetrack.compiler.assembly import Stage, groups, rows_of
 from statetrack.compiler.operations import Head, Merge, Operation
 from statetrack.errors import UsageError
 from statetrack.ops import delta_rule, dplr
@@ -31,7 +32,7 @@ class StageState(NamedTuple):
     """What a stage carries from token to token."""
 
     memory: Float[Tensor, "B R K V"]
-    below: Int[Tensor, "B"]
+    below: Int[Tensor, "B"] | Bool[Tensor, "B Q"]
     """what the layers below knew after the last token"""
 
 
@@ -82,13 +83,14 @@ class StageLayer(nn.Module):
     def __init__(self, stage: Stage, style: Style):
         super().__init__()
         self.kind, self.gated, self.asymmetric = stage.kind, style.gated, False
-        rows = [(head, weights) for head in stage.heads for weights in groups(head)]
+        rows = rows_of(stage)
         made = [[style.factors(head, op) for op in head.operations] for head, _ in rows]
         F = max(1, max(len(factors) for ops in made for factors in ops))
         K = max(head.width * style.copies(head) for head, _ in rows)
         E = max(len(ops) for ops in made)
         R = len(rows)
         keys, values, beta = torch.zeros(E, F, R, K), torch.zeros(E, F, R), torch.zeros(E, F, R)
+        keys[..., 0] = 1  # beta = 0 is a no-op too, and a key of length 0 would take the op longer
         V = max(len(head.start) for head in stage.heads)
         log_decay, query, first = torch.zeros(E, R), torch.zeros(R, K), torch.zeros(R, K, V)
         for r, (head, weights) in enumerate(rows):
@@ -101,9 +103,11 @@ class StageLayer(nn.Module):
                 if style.resets(head, head.operations[e]):
                     log_decay[e, r] = -torch.inf
                 for f, (key, value, step) in enumerate(factors):
+                    keys[e, f, r, 0] = 0
                     for i, entry in key.items():
                         keys[e, f, r, i] = entry
                     values[e, f, r], beta[e, f, r] = value, step
+        self.resets = bool(torch.isinf(log_decay).any())
         letters = torch.tensor([head.letters for head, _ in rows])
         self._store(letters, stage, keys=keys, values=values, beta=beta, log_decay=log_decay, query=query, first=first)
 
@@ -156,15 +160,18 @@ class StageLayer(nn.Module):
         q = self.query.expand(B, T, *self.query.shape)
         v = v[..., None].expand(*v.shape, memory.shape[-1])
         options = {"scale": 1.0, "initial_state": memory, "backend": backend}
-        return delta_rule(q, k, v, beta, decay if self.gated else None, **options)
+        return delta_rule(q, k, v, beta, decay if self.resets else None, **options)
 
     def decode(self, known: Int[Tensor, "B T"], o: Float[Tensor, "B T R V"]) -> Int[Tensor, "B T"]:
         """Look up the readings, one after the other."""
         code = known
-        for i, reading in enumerate(o.flatten(2).round().long().unbind(-1)[: self.decoders]):
-            table: Tensor = getattr(self, f"decoder_{i}")
+        for table, reading in zip(self.tables(), o.flatten(2).round().long().unbind(-1), strict=False):
             code = table[code, reading.clamp(0, table.shape[1] - 1)]
         return code
+
+    def tables(self) -> list[Tensor]:
+        """Return the chain of tables that decodes the readings."""
+        return [getattr(self, f"decoder_{i}") for i in range(self.decoders)]
 
 
 class MapLayer(StageLayer):
@@ -211,7 +218,7 @@ class State(NamedTuple):
     stages: tuple[StageState, ...]
     window: Int[Tensor, "B W_minus_1"]
     """the last letters, newest last; -1 where there was none yet"""
-    known: Int[Tensor, "B"]
+    known: Int[Tensor, "B"] | Bool[Tensor, "B Q"]
     """what the whole network knows after the last token"""
 
 
@@ -268,7 +275,11 @@ class Network(nn.Module):
             known, after = layer(x, known, before, backend)
             stages.append(after)
         last = known[:, -1] if tokens.shape[1] else state.known
-        return self.states_of[known], State(tuple(stages), window, last)
+        return self._states(known), State(tuple(stages), window, last)
+
+    def _states(self, known: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+        """Return the automaton's state that this knowledge tells."""
+        return self.states_of[known]
 
     def _seen(self, x: Int[Tensor, "B T"], window: Tensor) -> tuple[Int[Tensor, "B T"], Tensor]:
         """Return what the window alone tells after every token, and the window's new letters."""
@@ -276,6 +287,10 @@ class Network(nn.Module):
             return torch.zeros_like(x), window
         padded = torch.cat([window, x], dim=1)
         code = torch.zeros_like(x)
-        for i in range(self.window):
-            code = getattr(self, f"window_{i}")[code, padded[:, self.window - i : padded.shape[1] - i] + 1]
+        for i, table in enumerate(self.window_tables()):
+            code = table[code, padded[:, self.window - i : padded.shape[1] - i] + 1]
         return code, padded[:, padded.shape[1] - self.window :]
+
+    def window_tables(self) -> list[Tensor]:
+        """Return the chain of tables that decodes the window, newest letter first."""
+        return [getattr(self, f"window_{i}") for i in range(self.window)]
