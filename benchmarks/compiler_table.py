@@ -230,7 +230,13 @@ def speed(quick: bool) -> Rows:
 
 
 def _speed_row(what: str, threads: int, tokens: int, seconds: float) -> dict[str, Any]:
-    return {"parity": what, "threads": threads, "tokens": tokens, "s": seconds, "million tokens/s": tokens / seconds / 1e6}
+    return {
+        "parity": what,
+        "threads": threads,
+        "tokens": tokens,
+        "s": seconds,
+        "million tokens/s": tokens / seconds / 1e6,
+    }
 
 
 def timed(call: Any, rounds: int = 5) -> float:

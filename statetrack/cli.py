@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import signal
 import sys
@@ -195,6 +196,58 @@ class ExplainArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompileArguments:
+    """statetrack compile '-?[0-9]+([.][0-9]+)?' --out number
+
+    Compile a language to the exact weights of a linear RNN, with a certificate and pictures.
+    """
+
+    spec: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="REGEX|FILE|group:S5")]
+    """regular expression, automaton file, or group"""
+    out: Path
+    """directory for the network, its report, the automaton and the pictures"""
+    structure: Literal["householder", "gated", "dplr"] = "householder"
+    """householder: DeltaProduct; gated: resets by a gate; dplr: one layer, factors that are not symmetric"""
+    window: int = 0
+    """tokens that the first layer sees; 0 for the current one only"""
+    keys: Literal["integer", "unit", "normalised"] = "integer"
+    """unit: for kernels that normalise keys; normalised: not exact, to see a certificate fail"""
+    objective: Literal["depth", "factors", "width"] = "depth"
+    """what is made small first"""
+    timeout: float = 20.0
+    """seconds for the search; 0 takes the first network found"""
+    alphabet: Annotated[str, tyro.conf.arg(metavar="LETTERS")] = "bytes"
+    """letters of a regular expression, such as 01; by default all bytes"""
+    flags: Annotated[str, tyro.conf.arg(metavar="LETTERS", help_behavior_hint="")] = ""
+    """flags of a regular expression: i ignores case, s lets the dot match newlines; default none"""
+    force: bool = False
+    """replace the compiled automaton that is there"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArguments:
+    """statetrack run number numbers.txt
+
+    Stream a file of any size through a compiled automaton in constant memory; say what it accepts.
+    """
+
+    directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+    """what statetrack compile wrote"""
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
+    """file, - for standard input"""
+    lines: bool = False
+    """every line is a text, without its newline; the default"""
+    whole: bool = False
+    """the whole file is one text"""
+    show: bool = False
+    """print 1 or 0 for every line, the count goes to stderr"""
+    device: Device = "auto"
+    """cpu, cuda, or auto: a GPU where there is one"""
+    backend: Literal["auto", "reference", "chunk", "triton"] = "auto"
+    """of the recurrence; auto: the fastest that fits"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TasksArguments:
     """statetrack tasks
 
@@ -209,6 +262,8 @@ Arguments = (
     | Annotated[ReproduceArguments, tyro.conf.subcommand("reproduce")]
     | Annotated[DemoArguments, tyro.conf.subcommand("demo")]
     | Annotated[ExplainArguments, tyro.conf.subcommand("explain")]
+    | Annotated[CompileArguments, tyro.conf.subcommand("compile")]
+    | Annotated[RunArguments, tyro.conf.subcommand("run")]
     | Annotated[TasksArguments, tyro.conf.subcommand("tasks")]
 )
 VERBS = {
@@ -218,6 +273,8 @@ VERBS = {
     ReproduceArguments: "reproduce",
     DemoArguments: "demo",
     ExplainArguments: "explain",
+    CompileArguments: "compile",
+    RunArguments: "run",
     TasksArguments: "tasks",
 }
 """The function in `statetrack.verbs` that does what the arguments say."""
@@ -239,6 +296,9 @@ def main(arguments: list[str] | None = None) -> None:
         from statetrack import verbs as implementation
 
         getattr(implementation, VERBS[type(parsed)])(parsed)
+    except BrokenPipeError:  # whoever read stdout has enough, as in `statetrack run ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (UsageError, OSError) as error:
         _fail(str(error), 2)
     except _Terminated:

@@ -60,7 +60,7 @@ def accuracy_by_length(
     axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def training_curve(rows: Sequence[Mapping[str, int | float]], path: Path, *, title: str) -> list[Path]:
@@ -73,10 +73,11 @@ def training_curve(rows: Sequence[Mapping[str, int | float]], path: Path, *, tit
         axes.set(xlabel="step", ylabel=f"training {name}")
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> list[Path]:
+def save_figure(figure: Figure, path: Path) -> list[Path]:
+    """Write path.png and path.svg."""
     if not path.name:
         raise UsageError(f"{str(path)!r} is no name for a picture; give a file, e.g. accuracy.png")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ class Bars:
         self._live = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[amount]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
@@ -37,14 +37,15 @@ class Bars:
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
         self._live.stop()
 
-    def update(self, name: str, done: int | float, total: int | float, note: str = "") -> None:
-        """Say how far a piece of work is."""
+    def update(self, name: str, done: int | float, total: int | float | None, note: str = "") -> None:
+        """Say how far a piece of work is; total is None where nobody knows, and then only a terminal shows it."""
+        amount = f"{done:.0f}" if total is None else f"{done:.0f}/{total:.0f}"
+        share = 0 if total is None else int(LINES * done / total)
         if name not in self._ids:
-            self._ids[name] = self._live.add_task(name, total=total, note=note)
-            self._printed[name] = int(LINES * done / total)
-        self._live.update(self._ids[name], completed=done, total=total, note=note)
-        share = int(LINES * done / total)
+            self._ids[name] = self._live.add_task(name, total=total, note=note, amount=amount)
+            self._printed[name] = share
+        self._live.update(self._ids[name], completed=done, total=total, note=note, amount=amount)
         if not self.console.is_terminal and share > self._printed[name]:
             self._printed[name] = share
             seconds = time.monotonic() - self._began
-            self.console.print(f"{name}: {done:.0f}/{total:.0f} after {seconds:.0f} s {note}", soft_wrap=True)
+            self.console.print(f"{name}: {amount} after {seconds:.0f} s {note}", soft_wrap=True)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
 from statetrack.cli import (
     MIXERS,
+    CompileArguments,
     DemoArguments,
     EvaluateArguments,
     ExplainArguments,
     PlotArguments,
     ReproduceArguments,
+    RunArguments,
     TasksArguments,
     TrainArguments,
 )
@@ -284,6 +289,86 @@ def explain(a: ExplainArguments) -> None:
     from statetrack.diagnosis import explain as page
 
     _say(page(a.spec, alphabet=a.alphabet, flags=a.flags))
+
+
+def compile(a: CompileArguments) -> None:
+    """Compile a language, print the report and the certificates, and write the directory; exit with 1 if one fails."""
+    from statetrack import artifact
+    from statetrack.compiler import compile as compile_spec
+
+    artifact.check_free(a.out, a.force)
+    with Bars() as bars:
+        began, limit = time.monotonic(), max(a.timeout, 1.0)
+
+        def report(tried: str) -> None:
+            bars.update("compile", min(time.monotonic() - began, limit), limit, f"s  {tried}")
+
+        compiled = compile_spec(
+            a.spec,
+            structure=a.structure,
+            window=a.window,
+            keys=a.keys,
+            objective=a.objective,
+            timeout=a.timeout,
+            alphabet=a.alphabet,
+            flags=a.flags,
+            report=report,
+        )
+        certificates = []
+        for i, dtype in enumerate(CERTIFIED):
+            bars.update("certify", i, len(CERTIFIED), dtype)
+            certificates.append(compiled.certificate(dtype))
+        bars.update("draw", 0, 1)
+        said = "\n".join([compiled.report(), *map(str, certificates)])
+        missing = artifact.write(a.out, compiled, said, force=a.force)
+    _say(said)
+    for line in missing:
+        print(line, file=sys.stderr)
+    _say(f"wrote {a.out}; next: statetrack run {shlex.quote(str(a.out))} FILE")
+    if not all(certificate.passed for certificate in certificates):
+        sys.exit(1)
+
+
+CERTIFIED = ("float32", "bfloat16")
+
+
+def run(a: RunArguments) -> None:
+    """Stream a file through a compiled automaton and say what it accepts."""
+    from statetrack import artifact, texts
+    from statetrack.train import choose_device
+
+    if a.lines and a.whole:
+        raise UsageError("--lines and --whole exclude each other: a text is a line, or the whole file")
+    compiled = artifact.read(a.directory).to(choose_device(a.device))
+    out = sys.stdout  # a progress bar redirects what is printed later
+    with contextlib.ExitStack() as stack:
+        if a.file == "-":
+            name, stream, size = "standard input", sys.stdin.buffer, 0
+        else:
+            name, stream = a.file, stack.enter_context(open(a.file, "rb"))
+            size = Path(a.file).stat().st_size
+        bars = stack.enter_context(Bars())
+
+        def report(read: int) -> None:
+            bars.update(name, read / 1e6, size / 1e6 if size else None, "MB")
+
+        letters = texts.read_letters(stream, name, compiled.automaton, lines=not a.whole, report=report)
+        if a.whole:
+            verdict = texts.say_whole(compiled, letters, a.backend)
+        else:
+            counts = np.zeros(compiled.automaton.num_outputs, dtype=np.int64)
+            for said in texts.say_lines(compiled, letters, a.backend):
+                counts += np.bincount(said, minlength=len(counts))
+                if a.show:
+                    out.write("".join(f"{verdict}\n" for verdict in said.tolist()))
+    accepting = compiled.automaton.accepting is not None
+    if a.whole:
+        _say(("rejected", "accepted")[verdict] if accepting else f"output {verdict}")
+        return
+    found = ", ".join(f"{verdict} on {count}" for verdict, count in enumerate(counts.tolist()) if count)
+    total = f"{counts.sum()} lines"
+    summary = f"accepted {counts[1]} of {total}" if accepting else f"{total}; output {found or 'none'}"
+    print(summary, file=sys.stderr if a.show else out)
 
 
 def tasks(_: TasksArguments) -> None:

@@ -18,7 +18,7 @@ ALLOWED = {
     "model": {"layers"},
     "automata": set(),
     "tasks": {"automata"},
-    "compiler": {"automata", "ops", "layers", "model", "runs"},
+    "compiler": {"automata", "ops", "layers", "model", "plots", "runs"},
 }
 BASE = {"torch", "numpy", "jaxtyping", "tyro", "rich", "matplotlib", "safetensors", "sympy"}
 

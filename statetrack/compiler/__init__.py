@@ -49,6 +49,7 @@ def compile(
     timeout: float = 20.0,
     alphabet: str | Sequence[str] = "bytes",
     flags: str = "",
+    report: Callable[[str], None] = lambda _: None,
 ) -> CompiledAutomaton:
     """Compile a regular expression, an automaton or a group to a network that follows it exactly, at any length.
 
@@ -63,6 +64,7 @@ def compile(
         timeout: seconds for the search; 0 takes the first network found, usually within a second. When the time runs
             out, the best found so far is returned, and its report says so.
         alphabet, flags: for regular expressions.
+        report: called with what is tried, again and again.
 
     Raises:
         UsageError: a spec or option that does not fit.
@@ -78,7 +80,7 @@ def compile(
     if structure == "dplr":
         candidates, late = [_map_stage(merged)], False
     else:
-        candidates, late = _candidates(merged, max(1, window), objective, timeout)
+        candidates, late = _candidates(merged, max(1, window), objective, timeout, report)
     stages, states, seen = min(candidates, key=_cost(objective, structure == "gated"), default=([], [], None))
     seconds = time.monotonic() - began
     chain = not candidates
@@ -95,13 +97,17 @@ def _map_stage(merged: Automaton) -> Found:
     return [assemble_map(merged)], [*range(merged.states), merged.start], None
 
 
-def _candidates(merged: Automaton, window: int, objective: str, timeout: float) -> tuple[list[Found], bool]:
+def _candidates(
+    merged: Automaton, window: int, objective: str, timeout: float, report: Callable[[str], None]
+) -> tuple[list[Found], bool]:
     """Return the networks found, and whether the time ran out."""
     found: list[Found] = []
+    report("one layer for a group")
     group = group_stage(merged, max(1.0, timeout / 4))
     if group is not None:
         found.append(([group], [*range(merged.states), merged.start], None))
-    plans, late = find_plans(merged, window, 0 if group else timeout, deeper=objective != "depth" and timeout > 0)
+    deeper = objective != "depth" and timeout > 0
+    plans, late = find_plans(merged, window, 0 if group else timeout, deeper, report)
     for plan in plans:
         stages, states, seen = assemble(plan)
         found.append((stages, states.tolist(), seen))

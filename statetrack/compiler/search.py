@@ -61,19 +61,25 @@ class Plan:
         return sum(block.size for layer in self.layers for block in layer.blocks)
 
 
-def find_plans(automaton: Automaton, window: int, timeout: float, deeper: bool = False) -> tuple[list[Plan], bool]:
+def find_plans(
+    automaton: Automaton,
+    window: int,
+    timeout: float,
+    deeper: bool = False,
+    report: Callable[[str], None] = lambda _: None,
+) -> tuple[list[Plan], bool]:
     """Return the best cascades found, shallowest first, and whether the time ran out.
 
     window: tokens that the first layer sees, 0 or 1 for the current one only. timeout: seconds for the wide kinds; 0
-    leaves them out. deeper: also return plans with more layers than necessary.
+    leaves them out. deeper: also return plans with more layers than necessary. report: called with what is tried.
     """
     began = time.monotonic()
-    quick = _Search(automaton, window, [CHEAP_STAGE], began + max(timeout / 2, QUICK_SECONDS))
+    quick = _Search(automaton, window, [CHEAP_STAGE], began + max(timeout / 2, QUICK_SECONDS), report)
     plans = quick.run(MOST_LAYERS, deeper)
     if not timeout:
         return plans, quick.late
     most = min((plan.depth for plan in plans), default=MOST_LAYERS)
-    search = _Search(automaton, window, [CHEAP_STAGE, ("cut",), WIDE], began + timeout)
+    search = _Search(automaton, window, [CHEAP_STAGE, ("cut",), WIDE], began + timeout, report)
     plans += search.run(most, deeper)
     return sorted(plans, key=lambda plan: (plan.depth, plan.size)), search.late
 
@@ -85,8 +91,15 @@ QUICK_SECONDS = 5.0  # most need less than one; what needs more falls back to Ze
 class _Search:
     """One search: the partial cascades at every depth, with the sink taken out and with it kept."""
 
-    def __init__(self, automaton: Automaton, window: int, stages: list[tuple[str, ...]], deadline: float):
-        self.stages, self.deadline = stages, deadline
+    def __init__(
+        self,
+        automaton: Automaton,
+        window: int,
+        stages: list[tuple[str, ...]],
+        deadline: float,
+        report: Callable[[str], None],
+    ):
+        self.stages, self.deadline, self.report = stages, deadline, report
         self.late = False
         self.roots: list[_Partial] = []
         for without_sink in (True, False) if sink_of(automaton) is not None else (False,):
@@ -134,6 +147,7 @@ class _Search:
                     if time.monotonic() > self.deadline:
                         self.late = True
                         return
+                    self.report(f"layer {len(partial.layers) + 1}: {kind}")
                     more = self._with(partial, kind)
                     if more is not None and more.known[-1].fingerprint not in seen_before:
                         seen_before.add(more.known[-1].fingerprint)

@@ -137,7 +137,9 @@ class ChainLayer(nn.Module):
 def packed(sets: Bool[Tensor, "B T Q"]) -> Int[Tensor, "B T words"]:
     """Return the same sets as integers of WORD bits."""
     parts = sets.split(WORD, dim=-1)
-    return torch.stack([(part.long() << torch.arange(part.shape[-1], device=part.device)).sum(-1) for part in parts], -1)
+    return torch.stack(
+        [(part.long() << torch.arange(part.shape[-1], device=part.device)).sum(-1) for part in parts], -1
+    )
 
 
 def operations(
