@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from statetrack.automata import Automaton
 from statetrack.compiler import CompiledAutomaton, compile
@@ -74,16 +72,15 @@ def test_an_exact_model_does_not_drift():
     assert set(memory.unique().tolist()) == {0.0, 32.0}
 
 
-@settings(max_examples=5)
-@given(cut=st.integers(1, 30))
-def test_it_streams(cut: int):
-    compiled = compile(LANGUAGES["JSON number"](), timeout=0)
+def test_it_streams():
+    compiled = compile(LANGUAGES["JSON number"](), window=2, timeout=0)
     model, tokens = compiled.to_model(), with_bos(compiled, words_of(compiled.automaton, 2, 30))
     with torch.no_grad():
         want, _ = model(tokens)
-        first, state = model(tokens[:, :cut])
-        rest, _ = model(tokens[:, cut:], state)
-    assert torch.equal(torch.cat([first, rest], dim=1), want)
+        for cut in (1, 2, 17, 30):
+            first, state = model(tokens[:, :cut])
+            rest, _ = model(tokens[:, cut:], state)
+            assert torch.equal(torch.cat([first, rest], dim=1), want)
 
 
 def test_its_configuration_is_data():
@@ -116,11 +113,11 @@ def test_a_frozen_automaton_inside_a_trainable_model():
 
 
 def test_training_from_an_automaton_keeps_its_task_solved(tmp_path: Path):
-    """With label smoothing the loss pulls at the weights from the first step; at 0 steps all is right at any length."""
+    """With label smoothing the loss pulls at the weights from the first step, though every answer is right."""
     task = get_task("S3")
     model = model_of_task(task).config
     common = {"task": "S3", "model": model, "train_length": (4, 32), "batch_size": 32, "init_from_automaton": True}
-    run = Settings(**common, steps=60, lr=1e-3, label_smoothing=0.1)  # pyright: ignore[reportArgumentType]
+    run = Settings(**common, steps=100, lr=1e-3, label_smoothing=0.1)  # pyright: ignore[reportArgumentType]
     trained = train(run, tmp_path / "run").eval()
     assert evaluate(trained, task, 64, sequences=64)["sequence_accuracy"] == 1.0
     assert any(

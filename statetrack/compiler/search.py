@@ -85,7 +85,7 @@ def find_plans(
 
 
 CHEAP_STAGE = (*CHEAP, "suf")
-QUICK_SECONDS = 5.0  # most need less than one; what needs more falls back to Zeiger's chain
+QUICK_SECONDS = 10.0  # most need less than one; what needs more falls back to Zeiger's chain
 
 
 class _Search:

@@ -124,6 +124,8 @@ def to_model(compiled: CompiledAutomaton) -> Model:
     than the others by 10 at least. Raises UsageError for other structures than "householder" and for windows of more
     than 2 tokens.
     """
+    if compiled.blueprint.chain:
+        raise UsageError("Zeiger's chain has no tables that a model could hold; to_model needs a searched network")
     if compiled.blueprint.structure != "householder" or compiled.window > 1:
         raise UsageError(
             'to_model needs structure="householder" and a window of at most 2 tokens, '

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from statetrack.compiler.assembly import READING, groups
 from statetrack.compiler.certificate import Certificate, dyadic, run_random_words
 from statetrack.compiler.compiled import Blueprint, CompiledAutomaton
-from statetrack.compiler.network import PIECE, State, StageState
+from statetrack.compiler.network import PIECE, StageState, State
 from statetrack.compiler.operations import Head
 from statetrack.ops import delta_rule
 
