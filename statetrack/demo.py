@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import queue
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,8 @@ def demo(
 def _run_all(jobs: dict[Job, Settings], out: Path, workers: int, sequences: int) -> dict[Job, dict[str, Any]]:
     """Run every job in its own process, `workers` at a time; stop them all if one fails or the user interrupts."""
     context = multiprocessing.get_context("spawn")
-    messages = context.Queue()
-    waiting, running, results = list(jobs), {}, {}
+    waiting, results = list(jobs), {}
+    running: dict[Job, tuple[Any, Connection]] = {}
     try:
         with Bars() as bars:
             for job, settings in jobs.items():
@@ -81,28 +81,40 @@ def _run_all(jobs: dict[Job, Settings], out: Path, workers: int, sequences: int)
             while waiting or running:
                 while waiting and len(running) < workers:
                     job = waiting.pop(0)
-                    arguments = (job, jobs[job], out, sequences, messages)
-                    running[job] = context.Process(target=_work, args=arguments, daemon=True)
+                    reader, writer = context.Pipe(duplex=False)  # of its own: whoever is stopped holds up no other
+                    process = context.Process(target=_work, args=(job, jobs[job], out, sequences, writer), daemon=True)
                     with _interrupts_held():
-                        running[job].start()
-                try:
-                    kind, job, data = messages.get(timeout=0.5)
-                except queue.Empty:
-                    _check_alive(running)
-                    continue
-                if kind == "progress":
-                    bars.update(" ".join(job), *data)
-                elif kind == "done":
-                    results[job] = data
-                    running.pop(job).join()
-                else:
-                    raise UsageError(f"{' '.join(job)}: {data}")
+                        process.start()
+                    writer.close()
+                    running[job] = process, reader
+                ready = set(wait([reader for _, reader in running.values()]))
+                for job, (process, reader) in list(running.items()):
+                    if reader not in ready:
+                        continue
+                    kind, data = _receive(job, process, reader)
+                    if kind == "progress":
+                        bars.update(" ".join(job), *data)
+                    elif kind == "done":
+                        results[job] = data
+                        del running[job]
+                        process.join()
+                    else:
+                        raise UsageError(f"{' '.join(job)}: {data}")
     finally:
-        for process in running.values():
+        for process, _ in running.values():
             process.terminate()
-        for process in running.values():
+        for process, _ in running.values():
             process.join()
     return results
+
+
+def _receive(job: Job, process: Any, reader: Connection) -> tuple[str, Any]:
+    """Return a process's next message; raise UsageError if it ended without one."""
+    try:
+        return reader.recv()
+    except EOFError:
+        process.join()
+        raise UsageError(f"{' '.join(job)}: its process ended with exit code {process.exitcode}") from None
 
 
 @contextlib.contextmanager
@@ -115,13 +127,7 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _check_alive(running: dict[Job, Any]) -> None:
-    for job, process in running.items():
-        if not process.is_alive() and process.exitcode:
-            raise UsageError(f"{' '.join(job)}: its process ended with exit code {process.exitcode}")
-
-
-def _work(job: Job, settings: Settings, out: Path, sequences: int, messages: Any) -> None:
+def _work(job: Job, settings: Settings, out: Path, sequences: int, messages: Connection) -> None:
     """Train and evaluate one model; runs in a process of its own, on one thread."""
     import torch
 
@@ -134,7 +140,7 @@ def _work(job: Job, settings: Settings, out: Path, sequences: int, messages: Any
             sys.exit(1)
         if row["step"] % 5 == 0 or row["step"] == settings.steps:
             note = f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.2f}"
-            messages.put(("progress", job, (row["step"], settings.steps, note)))
+            messages.send(("progress", (row["step"], settings.steps, note)))
 
     try:
         model = train(settings, out / f"{mixer}_{FOLDERS[name]}", report=report).eval()
@@ -142,11 +148,11 @@ def _work(job: Job, settings: Settings, out: Path, sequences: int, messages: Any
         result = evaluate(model, task, EVALUATED, sequences=sequences, batch_size=512)
         points = [evaluate(model, task, n, sequences=sequences // 8, batch_size=512) for n in LENGTHS]
         result["curve"] = [(p["length"], p["scaled_accuracy"]) for p in points]
-        messages.put(("done", job, result))
+        messages.send(("done", result))
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
     except (UsageError, OSError) as error:
-        messages.put(("failed", job, str(error)))
+        messages.send(("failed", str(error)))
 
 
 def _print(results: dict[Job, dict[str, Any]], console: Console, seconds: float, out: Path) -> None:
