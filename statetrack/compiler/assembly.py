@@ -40,7 +40,7 @@ class Stage:
 
     kind: str
     heads: list[Head]
-    decoder: list[Int[np.ndarray, "codes readings"]]
+    decoder: list[Int[np.ndarray, "_ _"]]
     start: int
     """what is known before the first letter"""
     asymmetric: list[list[Swap | Merge]] = field(default_factory=list)
@@ -127,7 +127,7 @@ def _stage(plan: Plan, layer: Layer, below: Knowledge, above: Knowledge) -> Stag
 
 def chain(
     rows: dict[tuple[int, tuple[int, ...]], int], codes: int, sizes: list[int], final: int
-) -> list[Int[np.ndarray, "codes readings"]]:
+) -> list[Int[np.ndarray, "_ _"]]:
     """Return tables that look up (code, readings) one reading at a time; what is not among `rows` gives the last code.
 
     codes: how many there are at the beginning, final: at the end, both without the code for what cannot be.
