@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -28,12 +27,12 @@ UNKNOWN = -2
 
 
 def read_letters(
-    stream: BinaryIO, name: str, automaton: Automaton, *, lines: bool, report: Callable[[int], None]
+    read: Callable[[int], bytes], name: str, automaton: Automaton, *, lines: bool, report: Callable[[int], None]
 ) -> Iterator[Int[np.ndarray, "T"]]:
     """Yield a file's letters block by block; a newline is END where the texts are lines.
 
-    Over 256 unnamed letters a letter is a byte, else a character of UTF-8. report: called with the bytes read so far.
-    Raises UsageError, with the position, at what is no letter.
+    Over 256 unnamed letters a letter is a byte, else a character of UTF-8. read: returns up to so many bytes, none at
+    the end. report: called with the number of bytes read. Raises UsageError, with the position, at what is no letter.
     """
     of_bytes = automaton.letters is None and automaton.alphabet == 256
     if not of_bytes and max(map(len, automaton.names)) > 1:
@@ -41,22 +40,22 @@ def read_letters(
             f"the letters of a file are bytes or characters, but this automaton's are {', '.join(automaton.names):.60}"
         )
     number = _numbers(automaton, of_bytes, lines)
-    decoder, read, place = codecs.getincrementaldecoder("utf-8")(), 0, _Place(name)
-    while data := stream.read(BLOCK):
-        read += len(data)
+    decoder, size, place = codecs.getincrementaldecoder("utf-8")(), 0, _Place(name)
+    while data := read(BLOCK):
+        size += len(data)
         if of_bytes:
             codes = np.frombuffer(data, dtype=np.uint8).astype(np.int64)
         else:
-            codes = _characters(decoder, data, read, name)
+            codes = _characters(decoder, data, size, name)
         letters = number[np.minimum(codes, len(number) - 1)]
         unknown = np.flatnonzero(letters == UNKNOWN)
         if len(unknown):
             raise UsageError(place.of(codes, int(unknown[0]), automaton, lines))
         place.passed(codes)
         yield letters
-        report(read)
+        report(size)
     if not of_bytes:
-        _characters(decoder, b"", read, name)
+        _characters(decoder, b"", size, name)
 
 
 def _numbers(automaton: Automaton, of_bytes: bool, lines: bool) -> Int[np.ndarray, "codes"]:
@@ -69,12 +68,12 @@ def _numbers(automaton: Automaton, of_bytes: bool, lines: bool) -> Int[np.ndarra
     return number
 
 
-def _characters(decoder: codecs.IncrementalDecoder, data: bytes, read: int, name: str) -> Int[np.ndarray, "T"]:
+def _characters(decoder: codecs.IncrementalDecoder, data: bytes, size: int, name: str) -> Int[np.ndarray, "T"]:
     held = len(decoder.getstate()[0])
     try:
         text = decoder.decode(data, final=not data)
     except UnicodeDecodeError as error:
-        position = read - len(data) - held + error.start
+        position = size - len(data) - held + error.start
         raise UsageError(f"{name}: byte {position} is not UTF-8, and the letters are characters") from None
     return np.frombuffer(text.encode("utf-32-le"), dtype="<u4").astype(np.int64)
 

@@ -352,7 +352,7 @@ def run(a: RunArguments) -> None:
         def report(read: int) -> None:
             bars.update(name, read / 1e6, size / 1e6 if size else None, "MB")
 
-        letters = texts.read_letters(stream, name, compiled.automaton, lines=not a.whole, report=report)
+        letters = texts.read_letters(stream.read, name, compiled.automaton, lines=not a.whole, report=report)
         if a.whole:
             verdict = texts.say_whole(compiled, letters, a.backend)
         else:

@@ -20,6 +20,7 @@ import torch
 
 from statetrack import cli, evaluate, runs, train, verbs
 from statetrack.tasks import TASKS, get_task
+from tests.command import Command, contents, signals_after, the_line
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--dim 16 --heads 2 --mlp-dim 16 --train-length 3 6 --batch-size 4 --steps 45"
@@ -31,37 +32,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Run every test in an empty directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-class Command:
-    """Run command lines in this process."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]):
-        self.capsys = capsys
-
-    def __call__(self, line: str) -> tuple[int, str, str]:
-        """Return the exit code, stdout, and stderr; a traceback fails the test by itself."""
-        self.capsys.readouterr()
-        try:
-            cli.main(shlex.split(line))
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = self.capsys.readouterr()
-        return int(code), out, err
-
-    def refused(self, line: str) -> str:
-        """Return the one line that says why; progress may stand before it."""
-        code, out, err = self(line)
-        assert (code, out) == (2, ""), err
-        return the_line(err)
-
-
-def the_line(err: str) -> str:
-    *before, last = err.splitlines()
-    assert last.startswith("statetrack: ") and not any("statetrack: " in line for line in before), err
-    assert "Traceback" not in err and not err.endswith("\n\n")
-    return last.removeprefix("statetrack: ")
 
 
 @pytest.fixture
@@ -80,10 +50,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(finished: Path, here: Path) -> Path:
     return Path(shutil.copytree(finished, here / "run"))
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(entry): entry.read_bytes() for entry in path.rglob("*") if entry.is_file() and entry.name != ".lock"}
 
 
 def steps_of(path: Path) -> list[dict[str, Any]]:
@@ -310,20 +276,6 @@ def test_default_directories_are_safe_in_a_shell(name: str):
 
 
 # --- stopped ---------------------------------------------------------------------------------------------------------
-
-
-def signals_after(calls: int, function: Callable[..., Any], signum: int) -> Callable[..., Any]:
-    """Return the function, sending this process a signal once, after so many calls."""
-
-    def counted(*positional: Any, **named: Any) -> Any:
-        nonlocal calls
-        calls -= 1
-        result = function(*positional, **named)
-        if calls == 0:
-            os.kill(os.getpid(), signum)
-        return result
-
-    return counted
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

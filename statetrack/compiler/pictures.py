@@ -71,8 +71,9 @@ def _where(row: list[int], r: int) -> list[int]:
 def draw_layers(compiled: CompiledAutomaton, path: Path) -> list[Path]:
     """Draw the layers with their heads, what these can do, and the tables; write path.png and path.svg.
 
-    Raises UsageError where pygraphviz is missing.
+    Raises UsageError where pygraphviz is missing, and for Zeiger's chain, which has as many layers as states.
     """
+    _check_stages(compiled)
     b, merged = compiled.blueprint, compiled.merged
     graph = _graph(rankdir="LR", nodesep="0.15", ranksep="0.45")
     graph.node_attr.update(shape="box", style="filled,rounded", fillcolor="white", margin="0.12,0.06")
@@ -97,6 +98,11 @@ def draw_layers(compiled: CompiledAutomaton, path: Path) -> list[Path]:
     graph.add_node("state", label=f"state\n1 of {b.automaton.states}", fillcolor="#d9f0e6")
     graph.add_edge("letter" if below is None else below, "state")
     return _save(graph, path)
+
+
+def _check_stages(compiled: CompiledAutomaton) -> None:
+    if compiled.depth != len(compiled.stages):
+        raise UsageError(f"Zeiger's chain of {compiled.depth} layers is too long to draw")
 
 
 def _heads(stage: Stage) -> list[tuple[str, int]]:
@@ -134,6 +140,7 @@ def draw_trajectory(
     Letters along x, one row per coordinate, layers from top to bottom; below them the automaton's state, framed where
     it accepts. Raises UsageError for what is no letter, and for more than 120 rows or letters.
     """
+    _check_stages(compiled)
     word = text if isinstance(text, np.ndarray) else compiled.automaton.encode(text)
     states, layers = _trajectory(compiled, word)
     rows = sum(len(values) for values in layers)
