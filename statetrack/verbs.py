@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -342,6 +343,9 @@ def run(a: RunArguments) -> None:
     compiled = artifact.read(a.directory).to(choose_device(a.device))
     out = sys.stdout  # a progress bar redirects what is printed later
     with contextlib.ExitStack() as stack:
+        # One thread: the pieces are too small to gain from more, which lose much where others are at work.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         if a.file == "-":
             name, stream, size = "standard input", sys.stdin.buffer, 0
         else:
