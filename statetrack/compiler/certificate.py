@@ -138,16 +138,18 @@ def compare_bits(layer: StageLayer, stage: Stage, style: Style, backend: str) ->
     """Return how many (operation, vector) pairs of a stage were run, and how many gave another bit anywhere."""
     walk = StageWalk(stage, layer)
     vectors = [list(_vectors(head)) for head, _ in walk.rows]
+    tried = [len(some) for some in vectors]
     counts = [len(stage.asymmetric) or len(head.operations) for head, _ in walk.rows]
-    E, R, K, V = max(counts), len(walk.rows), layer.query.shape[1], max(map(len, vectors))
+    E, R, K, V = max(counts), len(walk.rows), layer.query.shape[1], max(tried)
     memory, want, said = torch.zeros(E, R, V, K), torch.zeros(E, R, V, K), torch.zeros(E, R, V)
     for r, (head, weights) in enumerate(walk.rows):
         copies = 1 if stage.asymmetric else style.copies(head)
+        vectors[r] += [frozenset()] * (V - tried[r])
         _fill(memory[:, r], [vectors[r]] * E, copies)
         after = [[walk.apply(r, e, ones) for ones in vectors[r]] for e in range(counts[r])]
         after += [after[0]] * (E - counts[r])
         _fill(want[:, r], after, copies)
-        said[:, r, : len(vectors[r])] = torch.tensor([[reading(weights, ones) for ones in row] for row in after])
+        said[:, r] = torch.tensor([[reading(weights, ones) for ones in row] for row in after])
     device = layer.query.device
     events = torch.arange(E, device=device)[:, None].clamp(max=torch.tensor(counts, device=device) - 1)
     for r, count in enumerate(counts):
@@ -158,7 +160,7 @@ def compare_bits(layer: StageLayer, stage: Stage, style: Style, backend: str) ->
         o, got = layer.scan(events[:, None], memory[:, :, some].mT.contiguous().to(device), backend)
         unequal = (got.mT.cpu() != want[:, :, some]).any(-1) | (o[:, 0].cpu() != said[:, :, some])
         differ += int(unequal.sum())
-    return sum(count * len(tried) for count, tried in zip(counts, vectors, strict=True)), differ
+    return sum(count * some for count, some in zip(counts, tried, strict=True)), differ
 
 
 def _first_differs(layer: StageLayer, walk: StageWalk, copies: list[int]) -> int:

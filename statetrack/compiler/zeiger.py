@@ -13,7 +13,8 @@ Either way the automaton's state q in P, q != y, has x(q) in P' and is not the n
 The sets are vectors of n bits per token, images are computed from them, and the factors of the distinct events (P, P', x)
 of a batch are made when they occur.
 
-Letters: B batch, T tokens, Q states, E distinct events, F factors per token, R rows (one per reading), K key dim.
+Letters: B batch, T tokens, Q states, E distinct events, F factors per token, S swaps, R rows (one per
+reading), K key dim.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class ChainLayer(nn.Module):
         return number.view(x.shape), self.factors(*operations(P.cpu(), onto.cpu(), to.cpu()))
 
     def factors(
-        self, swaps: Int[Tensor, "E F 2"], clears: Bool[Tensor, "E Q"], write: Int[Tensor, "E"]
+        self, swaps: Int[Tensor, "E S 2"], clears: Bool[Tensor, "E Q"], write: Int[Tensor, "E"]
     ) -> tuple[Float[Tensor, "E F K"], Float[Tensor, "E F"], Float[Tensor, "E F"], Float[Tensor, "E"]]:
         """Return keys, values, betas and log decays of operations: swaps, or clears of which one writes."""
         n, resets = self.copies, write >= 0
