@@ -21,7 +21,7 @@ from statetrack.compiler.group_heads import group_stage
 from statetrack.compiler.network import Style
 from statetrack.compiler.operations import Head, Operation, close_cycles, map_factors
 from statetrack.compiler.search import find_plans
-from statetrack.compiler.zeiger import close_paths, operations, permutation_swaps
+from statetrack.compiler.zeiger import ChainLayer, close_paths, operations, permutation_swaps
 from tests.languages import LANGUAGES
 from tests.test_automata import automata
 
@@ -251,7 +251,7 @@ def test_a_chain_of_more_states_than_one_reading_holds():
     states = 300
     table = np.stack([np.roll(np.arange(states), -1), np.zeros(states, dtype=np.int64)], 1)
     network = zeiger(Automaton(table, output=np.arange(states)))
-    layer = network.layers[0]
-    assert layer.query.shape[0] == 2
+    layer = next(iter(network.layers))
+    assert isinstance(layer, ChainLayer) and layer.query.shape[0] == 2
     label = layer.label(torch.tensor([[[[0.0], [3.0]], [[255.0], [0.0]]]]))
     assert label.tolist() == [[257, 254]]

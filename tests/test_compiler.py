@@ -25,6 +25,7 @@ from tests.test_automata import automata
 from tests.test_regex import compiled as python_re
 from tests.test_regex import expressions
 
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 STRUCTURES = ("householder", "gated", "dplr")
 OPTIONS = st.fixed_dictionaries(
     {
@@ -78,7 +79,14 @@ def test_a_random_automaton(automaton: Automaton, options: dict[str, Any], seed:
 def test_a_random_expression_against_python(data: st.DataObject, options: dict[str, Any]):
     pattern, match = data.draw(expressions("ab", ""))
     network = compile(pattern, alphabet="ab", timeout=0, **options)
-    texts = ["", match, match + "a", match[1:], match[:-1], *data.draw(st.lists(st.text("ab", max_size=12), max_size=8))]
+    texts = [
+        "",
+        match,
+        match + "a",
+        match[1:],
+        match[:-1],
+        *data.draw(st.lists(st.text("ab", max_size=12), max_size=8)),
+    ]
     oracle = python_re(pattern, "ab")
     assert network.accepts(texts).tolist() == [oracle.fullmatch(text) is not None for text in texts]
 

@@ -1,11 +1,11 @@
 """The certificate: why a compiled automaton is right on every word, of any length, in a given arithmetic.
 
-*Symbolic* (discrete.py): if the arithmetic is exact, the network is a finite automaton on 0/1 vectors. All pairs of its
-states and the automaton's that can occur are searched: in each, both say the same.
+*Symbolic* (discrete.py): if the arithmetic is exact, the network is a finite automaton on 0/1 vectors. All pairs of
+its states and the automaton's that can occur are searched: in each, both say the same.
 
-*Numeric*: every operation of every head is run on the zero vector and on every unit vector, in the arithmetic and kernel
-in question, and the memory and the reading compared bit by bit. Most heads hold no other vector. A register does, but an
-operation is an affine map, which these vectors determine, as long as nothing is rounded:
+*Numeric*: every operation of every head is run on the zero vector and on every unit vector, in the arithmetic and
+kernel in question, and the memory and the reading compared bit by bit. Most heads hold no other vector. A register
+does, but an operation is an affine map, which these vectors determine, as long as nothing is rounded:
 
 *Dyadic*: all betas are 0, 1 or 2, all keys' entries multiples of 1/2, all squared lengths powers of two, and all of at
 most 2. Between two factors i and j of a chunk, the inverse of its triangular system has beta_j |k_i| / |k_j| <= 2 at
@@ -110,7 +110,7 @@ def certify(compiled: CompiledAutomaton, dtype: torch.dtype, backend: str, devic
 
 
 def run_random_words(network: CompiledAutomaton, cost: int, backend: str) -> tuple[int, int]:
-    """Run random words in parallel, fewer letters the more numbers a token takes; return how many, and how many wrong."""
+    """Run random words in parallel, fewer the more numbers a token takes; return how many letters, how many wrong."""
     length = max(SHORTEST, min(LONGEST, WORK // (WORDS * max(1, cost))))
     words = random_words(network.automaton, WORDS, length)
     got = network.states(torch.from_numpy(words).to(network.classes.device), backend=backend).cpu().numpy()
