@@ -254,7 +254,8 @@ def report(out: Path, rows: Rows, speeds: Rows) -> None:
     """Write what was measured so far."""
     order = {name: i for i, name in enumerate(PROTOTYPE)}
     rows = sorted(rows, key=lambda row: (row["window"], order[row["language"]]))
-    where = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {date.today()}"
+    machine = platform.processor() or platform.machine()
+    where = f"{machine}, {os.cpu_count()} cores, torch {torch.__version__}, {date.today()}"
     wrong = sum(row["wrong"] + row["wrong gated"] for row in rows)
     otherwise = sum(row["re says otherwise"] for row in rows)
     uncertified = [row for row in rows if len(set(row["certified"].split("/"))) > 1]

@@ -25,6 +25,7 @@ from tests.test_automata import automata
 from tests.test_regex import compiled as python_re
 from tests.test_regex import expressions
 
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 STRUCTURES = ("householder", "gated", "dplr")
 OPTIONS = st.fixed_dictionaries(
     {

@@ -1,11 +1,11 @@
 """The certificate: why a compiled automaton is right on every word, of any length, in a given arithmetic.
 
-*Symbolic* (discrete.py): if the arithmetic is exact, the network is a finite automaton on 0/1 vectors. All pairs of its
-states and the automaton's that can occur are searched: in each, both say the same.
+*Symbolic* (discrete.py): if the arithmetic is exact, the network is a finite automaton on 0/1 vectors. All pairs of
+its states and the automaton's that can occur are searched: in each, both say the same.
 
-*Numeric*: every operation of every head is run on the zero vector and on every unit vector, in the arithmetic and kernel
-in question, and the memory and the reading compared bit by bit. Most heads hold no other vector. A register does, but an
-operation is an affine map, which these vectors determine, as long as nothing is rounded:
+*Numeric*: every operation of every head is run on the zero vector and on every unit vector, in the arithmetic and
+kernel in question, and the memory and the reading compared bit by bit. Most heads hold no other vector. A register
+does, but an operation is an affine map, which these vectors determine, as long as nothing is rounded:
 
 *Dyadic*: all betas are 0, 1 or 2, all keys' entries multiples of 1/2, all squared lengths powers of two, and all of at
 most 2. Between two factors i and j of a chunk, the inverse of its triangular system has beta_j |k_i| / |k_j| <= 2 at
@@ -110,7 +110,7 @@ def certify(compiled: CompiledAutomaton, dtype: torch.dtype, backend: str, devic
 
 
 def run_random_words(network: CompiledAutomaton, cost: int, backend: str) -> tuple[int, int]:
-    """Run random words in parallel, fewer letters the more numbers a token takes; return how many, and how many wrong."""
+    """Run random words in parallel, fewer the more numbers a token takes; return how many letters, how many wrong."""
     length = max(SHORTEST, min(LONGEST, WORK // (WORDS * max(1, cost))))
     words = random_words(network.automaton, WORDS, length)
     got = network.states(torch.from_numpy(words).to(network.classes.device), backend=backend).cpu().numpy()
@@ -138,16 +138,18 @@ def compare_bits(layer: StageLayer, stage: Stage, style: Style, backend: str) ->
     """Return how many (operation, vector) pairs of a stage were run, and how many gave another bit anywhere."""
     walk = StageWalk(stage, layer)
     vectors = [list(_vectors(head)) for head, _ in walk.rows]
+    tried = [len(some) for some in vectors]
     counts = [len(stage.asymmetric) or len(head.operations) for head, _ in walk.rows]
-    E, R, K, V = max(counts), len(walk.rows), layer.query.shape[1], max(map(len, vectors))
+    E, R, K, V = max(counts), len(walk.rows), layer.query.shape[1], max(tried)
     memory, want, said = torch.zeros(E, R, V, K), torch.zeros(E, R, V, K), torch.zeros(E, R, V)
     for r, (head, weights) in enumerate(walk.rows):
         copies = 1 if stage.asymmetric else style.copies(head)
+        vectors[r] += [frozenset()] * (V - tried[r])
         _fill(memory[:, r], [vectors[r]] * E, copies)
         after = [[walk.apply(r, e, ones) for ones in vectors[r]] for e in range(counts[r])]
         after += [after[0]] * (E - counts[r])
         _fill(want[:, r], after, copies)
-        said[:, r, : len(vectors[r])] = torch.tensor([[reading(weights, ones) for ones in row] for row in after])
+        said[:, r] = torch.tensor([[reading(weights, ones) for ones in row] for row in after])
     device = layer.query.device
     events = torch.arange(E, device=device)[:, None].clamp(max=torch.tensor(counts, device=device) - 1)
     for r, count in enumerate(counts):
@@ -158,7 +160,7 @@ def compare_bits(layer: StageLayer, stage: Stage, style: Style, backend: str) ->
         o, got = layer.scan(events[:, None], memory[:, :, some].mT.contiguous().to(device), backend)
         unequal = (got.mT.cpu() != want[:, :, some]).any(-1) | (o[:, 0].cpu() != said[:, :, some])
         differ += int(unequal.sum())
-    return sum(count * len(tried) for count, tried in zip(counts, vectors, strict=True)), differ
+    return sum(count * some for count, some in zip(counts, tried, strict=True)), differ
 
 
 def _first_differs(layer: StageLayer, walk: StageWalk, copies: list[int]) -> int:

@@ -101,6 +101,8 @@ class _Search:
     ):
         self.stages, self.deadline, self.report = stages, deadline, report
         self.late = False
+        self.twins: list[_Partial] = []
+        """cuts that know no more than another cascade, but may take fewer factors: not built upon, only completed"""
         self.roots: list[_Partial] = []
         for without_sink in (True, False) if sink_of(automaton) is not None else (False,):
             seen = view(automaton, without_sink)
@@ -118,17 +120,19 @@ class _Search:
 
     def run(self, most: int, deeper: bool) -> list[Plan]:
         """Return complete plans of the smallest depth found (of all depths up to `most` if deeper)."""
-        found, level = self._ended(0, [[root] for root in self.roots]), [[root] for root in self.roots]
+        level = [[root] for root in self.roots]
+        found = self._ended(0, level)
         for depth in range(1, most + 1):
             if self.late or (found and not deeper):
                 break
-            plans = self._ended(depth, level)
+            plans = self._ended(depth, [*level, self.twins])
             if not plans or deeper:
                 grown: list[list[_Partial]] = [[] for _ in level]
                 met = [{p.known[-1].fingerprint for p in partials} for partials in level]
+                self.twins = []
                 for stage in self.stages:
                     self._grow(stage, level, grown, met)
-                plans += self._ended(depth, grown)
+                plans += self._ended(depth, [*grown, self.twins])
                 level = grown
             found += plans
         return found
@@ -149,9 +153,13 @@ class _Search:
                         return
                     self.report(f"layer {len(partial.layers) + 1}: {kind}")
                     more = self._with(partial, kind)
-                    if more is not None and more.known[-1].fingerprint not in seen_before:
-                        seen_before.add(more.known[-1].fingerprint)
-                        grown.append(more)
+                    if more is None:
+                        continue
+                    if more.known[-1].fingerprint in seen_before:
+                        self.twins += [more] if kind == "cut" else []
+                        continue
+                    seen_before.add(more.known[-1].fingerprint)
+                    grown.append(more)
             grown.sort(key=lambda p: (p.known[-1].width, p.known[-1].size))
             del grown[BEAM:]
 

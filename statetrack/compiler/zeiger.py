@@ -1,19 +1,21 @@
 """Zeiger's chain: any automaton of n states in n - 1 layers, without a search and without tables.
 
-Every layer remembers a state that the automaton is *not* in. What layers 1..j know is the set P_j of the n - j states that
-are left; the last one leaves only the automaton's own (Zeiger; Ginzburg, Algebraic Theory of Automata, 1968, chapter 3):
+Every layer remembers a state that the automaton is *not* in. What layers 1..j know is the set P_j of the n - j states
+that are left; the last leaves only the automaton's own (Zeiger; Ginzburg, Algebraic Theory of Automata, 1968, ch. 3):
 
     P_0 = all states,   P_j = P_{j-1} minus the label of layer j
 
 On a letter x let P be P_{j-1} before and P' after it. By induction x(P) lies in P', and |P| = |P'|.
 - If x maps P onto P', it does so one to one, and the label moves with it: y -> x(y), a permutation of coordinates.
 - Otherwise the label is reset to the first state of P' outside x(P), whatever it was.
-Either way the automaton's state q in P, q != y, has x(q) in P' and is not the new label, and x(P_j) lies in the new P_j.
+Either way the automaton's state q in P, q != y, goes to x(q) in P', which is not the new label: x(P_j) lies in the new
+P_j.
 
-The sets are vectors of n bits per token, images are computed from them, and the factors of the distinct events (P, P', x)
-of a batch are made when they occur.
+The sets are vectors of n bits per token, images are computed from them, and the factors of the distinct events
+(P, P', x) of a batch are made when they occur.
 
-Letters: B batch, T tokens, Q states, E distinct events, F factors per token, R rows (one per reading), K key dim.
+Letters: B batch, T tokens, Q states, E distinct events, F factors per token, S swaps, R rows (one per
+reading), K key dim.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ class ChainLayer(nn.Module):
         return number.view(x.shape), self.factors(*operations(P.cpu(), onto.cpu(), to.cpu()))
 
     def factors(
-        self, swaps: Int[Tensor, "E F 2"], clears: Bool[Tensor, "E Q"], write: Int[Tensor, "E"]
+        self, swaps: Int[Tensor, "E S 2"], clears: Bool[Tensor, "E Q"], write: Int[Tensor, "E"]
     ) -> tuple[Float[Tensor, "E F K"], Float[Tensor, "E F"], Float[Tensor, "E F"], Float[Tensor, "E"]]:
         """Return keys, values, betas and log decays of operations: swaps, or clears of which one writes."""
         n, resets = self.copies, write >= 0
@@ -277,7 +279,7 @@ class Chain(CompiledAutomaton):
 
 
 def compare_factors(layer: ChainLayer, backend: str) -> tuple[int, int, int, int]:
-    """Run every swap, clear and write on all 0/1 values of the coordinates that it touches; a gated write on all ones too.
+    """Run every swap, clear and write on all 0/1 values of the coordinates that it touches; a gated write on ones too.
 
     Return how many were compared, how many differ, how many keys there are, and how many are not dyadic.
     """
