@@ -94,7 +94,7 @@ def shown_commands() -> list[str]:
 
 @pytest.mark.parametrize("line", shown_commands())
 def test_shown_commands_parse(line: str):
-    words = shlex.split(line, comments=True)[1:]
+    words = shlex.split(re.split(r" [<>|] ", line)[0], comments=True)[1:]  # without the shell's part
     parsed = cli.parse(words)
     assert cli.VERBS[type(parsed)] == words[0] and callable(getattr(verbs, words[0]))
     if isinstance(parsed, cli.TrainArguments) and not parsed.task.startswith("automaton:"):
