@@ -127,15 +127,10 @@ def test_looking_longer_never_gives_more_layers(name: str, window: int):
     assert lower_bounds(quick.automaton, window=max(0, window - 1)).layers <= better.depth <= quick.depth
 
 
-@pytest.mark.parametrize(
-    "group, factors, columns",
-    [("Z60", 4, 3), ("S5", 4, 4), ("A5", 4, 3), ("Z7", 6, 1), ("D4", 2, 2), ("Z2 x Z2", 1, 2), ("Z12", 3, 2)],
-)
-def test_groups_take_few_reflections(group: str, factors: int, columns: int):
-    automaton = Automaton.from_group(group, letters=None if group in ("D4", "Z12") else [1, 2])
-    stage = group_stage(automaton, 5)
-    assert stage is not None and stage.factors(False) <= factors or group in ("D4", "Z12")
-    assert stage is not None and sum(len(head.start) for head in stage.heads) <= max(columns, 4)
+@pytest.mark.parametrize("group, factors", [("Z60", 4), ("S5", 4), ("A5", 4), ("Z7", 6), ("Z2 x Z2", 1)])
+def test_groups_take_few_reflections(group: str, factors: int):
+    stage = group_stage(Automaton.from_group(group, letters=[1, 2]), 5)
+    assert stage is not None and stage.factors(False) <= factors
 
 
 @settings(max_examples=25)
