@@ -28,7 +28,7 @@ from statetrack.ops.decay import HeadDecay, KeyDecay, MildDecay, decayed, log_de
 from statetrack.ops.layout import Block, Chunks
 
 CHUNK_ROWS = 32  # target for M = C N
-BLOCK_BYTES = 1 << 21  # of the largest temporary: a dozen of them stay in a core's cache
+BLOCK_BYTES = 1 << 20  # of the largest temporary: a dozen of them stay in a core's cache
 SAFE = 2.0**-60  # keys whose squared length lies between this and its inverse need no power of two: it changes nothing
 
 
