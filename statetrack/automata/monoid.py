@@ -363,11 +363,8 @@ def _last_wins(e: np.ndarray, f: np.ndarray) -> np.ndarray:
 
 
 def letter_names(automaton: Automaton) -> tuple[str, ...]:
-    """Return printable names of the letters: their own, the characters if there are 256, else numbers."""
-    if automaton.letters is None and automaton.alphabet != 256:
-        return tuple(str(letter) for letter in range(automaton.alphabet))
-    names = automaton.letters or tuple(chr(byte) for byte in range(256))
-    return tuple(name if name.isprintable() else ascii(name)[1:-1] for name in names)
+    """Return the letters' names, printable."""
+    return tuple(name if name.isprintable() else ascii(name)[1:-1] for name in automaton.names)
 
 
 def _letter_classes(automaton: Automaton) -> tuple[tuple[int, ...], ...]:
