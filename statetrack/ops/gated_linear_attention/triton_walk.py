@@ -1,0 +1,248 @@
+"""Gated linear attention's kernels that carry the state: over the chunks, back over them, and for a single token.
+
+`walk` holds S^T [V K] in float32. With start_i, end_j and total the products of a chunk's decays up to and including row
+i, after row j, and of all rows,
+
+    o_i = scale (start_i q_i S + sum_{j <= i} P_ij v_j),   S <- total S + sum_j (end_j k_j)^T v_j
+
+and `walk_back` its adjoint, dS <- total dS + scale sum_i (start_i q_i)^T dO_i. What decays multiply is made before:
+
+- one decay per head (KEY false): `prepare_head` leaves start, end, and the running log2|decay| (two terms) with its sign,
+  from which P = (q k^T) L is made here, L_ij = sign_i sign_j 2^(g_i - g_j);
+- one per key channel (KEY): `prepare_key` leaves start q, end k (two terms) and P itself, a tile per chunk and head.
+
+The state is never an operand of its own update, so only what is written to it takes two bf16 terms; the sum is added to
+the state in float32, rounded to nearest, for the tensor cores truncate.
+
+Letters: B batch, T tokens, S sequences, C tokens per chunk, H value heads, K key dim, V value dim. A `slot` numbers the
+(sequence, chunk) pairs of a workspace.
+"""
+
+# pyright: reportGeneralTypeIssues=false
+
+import triton
+import triton.language as tl
+
+from statetrack.ops.delta_rule.triton_forward import dot, dot_add, dot_split, operand, span, split
+
+FACTORS = tl.constexpr(5)  # vectors [C] that `prepare_head` leaves per chunk and head
+HIGH = tl.constexpr(0)  # of the running log2|decay|
+LOW = tl.constexpr(1)
+SIGN = tl.constexpr(2)
+START = tl.constexpr(3)
+END = tl.constexpr(4)
+
+
+@triton.jit
+def factor(G, slot, which: tl.constexpr, rows, C: tl.constexpr):
+    """Load one of the vectors that `prepare_head` wrote, at some rows."""
+    return tl.load(G + (slot * FACTORS + which) * C + rows)
+
+
+@triton.jit
+def signed_power(hi, lo, sign, from_hi, from_lo, from_sign, wanted):
+    """Return the products of the decays after `from` up to here, where wanted, else 0."""
+    power = tl.exp2(tl.where(wanted, (hi - from_hi) + (lo - from_lo), 0.0))
+    return tl.where(wanted, power * (sign * from_sign), 0.0)
+
+
+@triton.jit
+def walk(
+    q, k, k_lo, v, G, P, initial, o, final, saved, states, starts, bases,
+    T, c_lo, c_hi, every, scale, HK, HV, K, V,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEY: tl.constexpr, VARLEN: tl.constexpr, EVEN: tl.constexpr,
+    SAVE: tl.constexpr, STATES: tl.constexpr, OUTPUT: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Walk over the chunks [c_lo, c_hi) of one sequence and head (all, if packed), for BV columns of the state.
+
+    SAVE keeps the state (float32) before every `every`-th chunk, STATES (in the products' type) before each one.
+    """
+    iv = tl.program_id(0)
+    sh = tl.program_id(1)
+    s = sh // HV
+    h = sh % HV
+    hk = h // (HV // HK)
+    i = tl.arange(0, C)
+    d = tl.arange(0, BK)
+    e = iv * BV + tl.arange(0, BV)
+    in_k = d < K
+    in_v = e < V
+    inside = in_v[:, None] & in_k[None, :]
+    flat = e[:, None] * K + d[None, :]  # [BV BK] of a [V K] state
+    turned = d[None, :] * V + e[:, None]  # of a [K V] state
+    see = i[:, None] <= i[None, :]  # [j i]
+    token, _ = span(s, 0, starts, T, C, VARLEN)
+    if VARLEN:
+        total = tl.load(starts + s + 1) - tl.load(starts + s)
+        base = tl.load(bases + s).to(tl.int64)
+        last = tl.cdiv(total, C)
+    else:
+        total = T
+        base = s.to(tl.int64) * (c_hi - c_lo) - c_lo
+        last = c_hi
+    S = tl.load(initial + sh.to(tl.int64) * K * V + turned, mask=inside, other=0.0)
+    for c in tl.range(c_lo, last, num_stages=STAGES):
+        slot = (base + c) * HV + h
+        first = token + c * C
+        vp = v + (first * HV + h) * V + ((i * (HV * V))[None, :] + e[:, None])
+        if KEY:
+            tile = slot * C * K + (i[:, None] * K + d[None, :])
+            kp = k + tile
+            qp = q + tile
+        else:
+            tile = (first * HK + hk) * K + ((i * (HK * K))[:, None] + d[None, :])
+            kp = k + tile
+            qp = q + tile
+        rows = i < total - c * C
+        if EVEN:
+            vt = operand(tl.load(vp), EXACT)
+            kt = operand(tl.load(kp), EXACT)
+        else:
+            vt = operand(tl.load(vp, mask=rows[None, :] & in_v[:, None], other=0.0), EXACT)
+            kt = operand(tl.load(kp, mask=rows[:, None] & in_k[None, :], other=0.0), EXACT)
+        if OUTPUT:
+            if EVEN:
+                qt = operand(tl.load(qp), EXACT)
+            else:
+                qt = operand(tl.load(qp, mask=rows[:, None] & in_k[None, :], other=0.0), EXACT)
+        if SAVE:
+            if c % every == 0:
+                there = ((s * tl.cdiv(c_hi, every) + c // every).to(tl.int64) * HV + h) * K * V
+                tl.store(saved + there + turned, S, mask=inside)
+        if STATES:
+            tl.store(states + slot * K * V + flat, S.to(states.dtype.element_ty), mask=inside)
+        if OUTPUT:
+            O = dot(S.to(vt.dtype), tl.trans(qt), EXACT)
+            if KEY:
+                PT = tl.load(P + slot * C * C + (i[None, :] * C + i[:, None]))
+            else:
+                hi = factor(G, slot, HIGH, i, C)
+                lo = factor(G, slot, LOW, i, C)
+                sign = factor(G, slot, SIGN, i, C)
+                O *= factor(G, slot, START, i, C)[None, :]
+                PT = dot(kt, tl.trans(qt), EXACT)
+                PT *= signed_power(hi[None, :], lo[None, :], sign[None, :], hi[:, None], lo[:, None], sign[:, None], see)
+            O = dot_add(vt, PT.to(vt.dtype), O, EXACT)
+            op = o + (first * HV + h) * V + ((i * (HV * V))[None, :] + e[:, None])
+            if EVEN:
+                tl.store(op, (O * scale).to(o.dtype.element_ty))
+            else:
+                tl.store(op, (O * scale).to(o.dtype.element_ty), mask=rows[None, :] & in_v[:, None])
+        if KEY:
+            S *= tl.load(G + slot * K + d, mask=in_k, other=0.0)[None, :]
+            if EXACT:
+                S += dot(vt, kt, EXACT)
+            else:
+                if EVEN:
+                    kl = tl.load(k_lo + tile)
+                else:
+                    kl = tl.load(k_lo + tile, mask=rows[:, None] & in_k[None, :], other=0.0)
+                S += tl.dot(vt, kt, tl.dot(vt, kl))
+        else:
+            u_hi, u_lo = split(vt.to(tl.float32) * factor(G, slot, END, i, C)[None, :], EXACT)
+            S = S * tl.load(G + (slot * FACTORS + START) * C + C - 1) + dot_split(u_hi, u_lo, kt, 2, EXACT)
+    tl.store(final + sh.to(tl.int64) * K * V + turned, S, mask=inside)
+
+
+@triton.jit
+def walk_back(
+    q, k, d_out, G, P, d_final, d_state, d_states, dv, starts, bases,
+    T, c_lo, c_hi, scale, HK, HV, K, V,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEY: tl.constexpr, VARLEN: tl.constexpr, EVEN: tl.constexpr,
+    OUTPUT: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Walk back from chunk c_hi - 1 to c_lo of one sequence and head, for BV columns of the state's gradient.
+
+    OUTPUT keeps the gradient to the state after each chunk, and with KEY writes dv.
+    """
+    iv = tl.program_id(0)
+    sh = tl.program_id(1)
+    s = sh // HV
+    h = sh % HV
+    hk = h // (HV // HK)
+    i = tl.arange(0, C)
+    d = tl.arange(0, BK)
+    e = iv * BV + tl.arange(0, BV)
+    in_k = d < K
+    in_v = e < V
+    inside = in_v[:, None] & in_k[None, :]
+    flat = e[:, None] * K + d[None, :]
+    turned = d[None, :] * V + e[:, None]
+    token, _ = span(s, 0, starts, T, C, VARLEN)
+    if VARLEN:
+        total = tl.load(starts + s + 1) - tl.load(starts + s)
+        base = tl.load(bases + s).to(tl.int64)
+        last = tl.cdiv(total, C)
+    else:
+        total = T
+        base = s.to(tl.int64) * (c_hi - c_lo) - c_lo
+        last = c_hi
+    D = tl.load(d_final + sh.to(tl.int64) * K * V + turned, mask=inside, other=0.0)
+    for back in tl.range(0, last - c_lo, num_stages=STAGES):
+        c = last - 1 - back
+        slot = (base + c) * HV + h
+        first = token + c * C
+        dop = d_out + (first * HV + h) * V + ((i * (HV * V))[None, :] + e[:, None])
+        if KEY:
+            tile = slot * C * K + (i[:, None] * K + d[None, :])
+        else:
+            tile = (first * HK + hk) * K + ((i * (HK * K))[:, None] + d[None, :])
+        rows = i < total - c * C
+        if EVEN:
+            do = operand(tl.load(dop), EXACT)
+            qt = operand(tl.load(q + tile), EXACT)
+        else:
+            do = operand(tl.load(dop, mask=rows[None, :] & in_v[:, None], other=0.0), EXACT)
+            qt = operand(tl.load(q + tile, mask=rows[:, None] & in_k[None, :], other=0.0), EXACT)
+        if OUTPUT:
+            tl.store(d_states + slot * K * V + flat, D.to(d_states.dtype.element_ty), mask=inside)
+            if KEY:
+                if EVEN:
+                    kt = operand(tl.load(k + tile), EXACT)
+                else:
+                    kt = operand(tl.load(k + tile, mask=rows[:, None] & in_k[None, :], other=0.0), EXACT)
+                scores = tl.load(P + slot * C * C + (i[:, None] * C + i[None, :]))
+                W = dot(do, scores, EXACT) * scale
+                W = dot_add(D.to(kt.dtype), tl.trans(kt), W, EXACT)
+                dvp = dv + (first * HV + h) * V + ((i * (HV * V))[None, :] + e[:, None])
+                if EVEN:
+                    tl.store(dvp, W.to(dv.dtype.element_ty))
+                else:
+                    tl.store(dvp, W.to(dv.dtype.element_ty), mask=rows[None, :] & in_v[:, None])
+        if KEY:
+            D *= tl.load(G + slot * K + d, mask=in_k, other=0.0)[None, :]
+            D += dot(do, qt, EXACT) * scale
+        else:
+            D *= tl.load(G + (slot * FACTORS + START) * C + C - 1)
+            do = (do.to(tl.float32) * (factor(G, slot, START, i, C) * scale)[None, :]).to(qt.dtype)
+            D += dot(do, qt, EXACT)
+    tl.store(d_state + sh.to(tl.int64) * K * V + turned, D, mask=inside)
+
+
+@triton.jit
+def step(
+    q, k, v, decay, state, o, final, scale, HK, HV, K, V,
+    BK: tl.constexpr, BV: tl.constexpr, KEY: tl.constexpr,
+):  # fmt: skip
+    """Advance BV columns of one sequence's and head's state by one token, reading and writing it once."""
+    iv = tl.program_id(0)
+    bh = tl.program_id(1)
+    at_k = (bh // HV) * HK + (bh % HV) // (HV // HK)
+    d = tl.arange(0, BK)
+    e = iv * BV + tl.arange(0, BV)
+    in_k = d < K
+    in_v = e < V
+    tile = bh.to(tl.int64) * K * V + d[:, None] * V + e[None, :]
+    inside = in_k[:, None] & in_v[None, :]
+    S = tl.load(state + tile, mask=inside, other=0.0)
+    if KEY:
+        S *= tl.load(decay + bh * K + d, mask=in_k, other=0.0).to(tl.float32)[:, None]
+    else:
+        S *= tl.load(decay + bh).to(tl.float32)
+    kt = tl.load(k + at_k * K + d, mask=in_k, other=0.0).to(tl.float32)
+    vt = tl.load(v + bh * V + e, mask=in_v, other=0.0).to(tl.float32)
+    qt = tl.load(q + at_k * K + d, mask=in_k, other=0.0).to(tl.float32)
+    S += kt[:, None] * vt[None, :]
+    out = tl.sum(qt[:, None] * S, 0) * scale
+    tl.store(o + bh * V + e, out.to(o.dtype.element_ty), mask=in_v)
+    tl.store(final + tile, S, mask=inside)
