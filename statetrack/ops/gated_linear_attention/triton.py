@@ -1,9 +1,9 @@
 """Gated linear attention on a GPU: launches of the Triton kernels, registered with torch.library.
 
-Forward: `prepare` (products of decays in every chunk), then `walk` (the state and the output, chunk after chunk).
-Backward, for a range of chunks at a time so that its workspace stays small: `prepare` again, `walk` for the states at
-the chunks' starts, `walk_back` for the gradients to those at their ends, `gather`. Saved between the two: the inputs,
-and the state before every range. One token without gradients is one kernel, `step`.
+Both directions take a range of chunks at a time, so that the workspace stays small. Forward: `prepare` (products of the
+decays in every chunk), then `walk` (the state and the output, chunk after chunk). Backward: `prepare` again, `walk` for
+the states at the chunks' starts, `walk_back` for dv and the gradients to the states at their ends, `gather`. Saved
+between the two: the inputs, and the state before every range. One token without gradients is one kernel, `step`.
 
 Few heads and a long sequence would leave most of the GPU idle. Then the sequence is cut into segments that are walked
 side by side twice: from a zero state (giving c), and, once S <- total S + c has been taken over the segments in float64,
@@ -24,14 +24,14 @@ import triton
 from torch import Tensor
 
 from statetrack.errors import UsageError
-from statetrack.ops.gated_linear_attention.triton_head import gather_head, prepare_head
+from statetrack.ops.gated_linear_attention.triton_head import decay_head, gather_head, prepare_head
 from statetrack.ops.gated_linear_attention.triton_key import gather_key, prepare_key
 from statetrack.ops.gated_linear_attention.triton_walk import FACTORS, step, walk, walk_back
 
 CHUNK = 64
-RANGES = 4  # the backward's workspace is about this fraction of one for the whole sequence
+RANGE_BYTES = 2**27  # of the states at the starts of a range's chunks
 MIN_RANGE = 8  # chunks
-FULL_GPU = 264  # programs of `walk` that keep a GPU busy
+FULL_GPU = 256  # programs of `walk` that keep a GPU busy
 MIN_SEGMENT = 16  # chunks
 HEADS = 16  # that one program of `prepare_head` takes
 GATHERERS = 512  # programs of `gather_head` that keep a GPU busy
@@ -75,7 +75,10 @@ class _Plan:
             self.S, self.T = self.B * self.segments, self.T // self.segments
             self.most = -(-self.T // CHUNK)
             self.starts = self.slots = self.bases = None
-        self.every = self.most if self.varlen else max(MIN_RANGE, -(-self.most // RANGES))
+        self.every = max(1, self.most)
+        if not self.varlen:
+            chunk_bytes = self.S * self.HV * self.K * self.V * self.low.itemsize
+            self.every = max(1, min(self.most, max(MIN_RANGE, RANGE_BYTES // max(1, chunk_bytes))))
         even = not self.varlen and self.T % CHUNK == 0 and BK == self.K
         self.common = {"C": CHUNK, "VARLEN": self.varlen, "EXACT": exact}
         self.walk = {
@@ -85,15 +88,16 @@ class _Plan:
         columns = min(BV, 16 if BK == 256 and exact else 32 if BK == 256 or exact else 64)
         self.head = {
             "BK": BK, "BV": columns, "NV": triton.cdiv(self.V, columns), "EVEN": even and self.V % columns == 0,
-            "STAGES": 1, "num_warps": 8 if BK > 32 else 4,
+            "STAGES": 1 if exact or BK == 256 else 2, "num_warps": 8 if BK > 32 else 4,
         }  # fmt: skip
+        self.decay = {"BK": BK, "BV": columns, "NV": self.head["NV"], "num_warps": 8 if exact and BK > 64 else 4}
         columns = max(16, min(64 if exact else 128, triton.next_power_of_2(self.V)))
         self.tree = {"BK": min(BK, 32), "BV": columns, "NV": triton.cdiv(self.V, columns), "num_warps": 8}
         self.blocks = {"BK": min(BK, 64), "NK": triton.cdiv(self.K, min(BK, 64)), "num_warps": 8}
 
     def ranges(self) -> list[tuple[int, int]]:
-        """Return the ranges of chunks that the backward takes one after another, last one first."""
-        return [(low, min(low + self.every, self.most)) for low in range(0, self.most, self.every or 1)][::-1]
+        """Return the ranges of chunks that are taken one after another."""
+        return [(low, min(low + self.every, self.most)) for low in range(0, self.most, self.every)]
 
     def pairs(self, low: int, high: int) -> int:
         """Return how many (sequence, chunk) pairs the chunks [low, high) of every sequence are (all of packed ones)."""
@@ -175,12 +179,17 @@ def _forward(
     o, saved = torch.empty_like(v), initial.new_empty(_saved_shape(plan) if keep else (0,))
     if plan.most == 0:
         return o, initial.clone(), saved
-    work = plan.prepare(q, k, decay, 0, plan.most)
     if plan.segments > 1:
-        c = _walk(plan, work, v, scale, initial.new_zeros(plan.S, plan.HV, plan.K, plan.V), (0, plan.most))
+        c = initial.new_zeros(plan.S, plan.HV, plan.K, plan.V)
+        for chunks in plan.ranges():
+            c = _walk(plan, plan.prepare(q, k, decay, *chunks), v, scale, c, chunks)
         initial = _compose(decay, c, initial, plan.segments, adjoint=False)
-    final = _walk(plan, work, v, scale, initial, (0, plan.most), o=o, saved=saved if keep else None)
-    return o, final.unflatten(0, (-1, plan.segments))[:, -1].contiguous(), saved
+    state = initial
+    for at, chunks in enumerate(plan.ranges()):
+        if keep:
+            saved[at] = state
+        state = _walk(plan, plan.prepare(q, k, decay, *chunks), v, scale, state, chunks, o=o)
+    return o, state.unflatten(0, (-1, plan.segments))[:, -1].contiguous(), saved
 
 
 def _walk(
@@ -191,15 +200,14 @@ def _walk(
     initial: Tensor,
     chunks: tuple[int, int],
     o: Tensor | None = None,
-    saved: Tensor | None = None,
     states: Tensor | None = None,
 ) -> Tensor:
     """Launch `walk` over a range of chunks; return the state after it."""
     final = torch.empty_like(initial)
     walk[plan.grid()](
-        work["q"], work["k"], work["k_lo"], v, work["G"], work["P"], initial, o, final, saved, states,
-        plan.starts, plan.bases, plan.T, *chunks, plan.every, scale, plan.HK, plan.HV, plan.K, plan.V,
-        SAVE=saved is not None, STATES=states is not None, OUTPUT=o is not None, **plan.common, **plan.walk,
+        work["q"], work["k"], work["k_lo"], v, work["G"], work["P"], initial, o, final, states,
+        plan.starts, plan.bases, plan.T, *chunks, scale, plan.HK, plan.HV, plan.K, plan.V,
+        STATES=states is not None, OUTPUT=o is not None, **plan.common, **plan.walk,
     )  # fmt: skip
     return final
 
@@ -236,7 +244,7 @@ def _compose(decay: Tensor, c: Tensor, first: Tensor, count: int, adjoint: bool)
 
 
 def _saved_shape(plan: _Plan) -> tuple[int, ...]:
-    return (plan.S, len(plan.ranges()), plan.HV, plan.K, plan.V)
+    return (len(plan.ranges()), plan.S, plan.HV, plan.K, plan.V)
 
 
 @_forward.register_fake
@@ -267,15 +275,15 @@ def _backward(
     parts = plan.HV // plan.HK if plan.key else plan.parts()  # summed afterwards
     dq, dk = (q.new_empty(parts, *q.shape, dtype=torch.float32 if parts > 1 else q.dtype) for _ in range(2))
     if plan.segments > 1:
-        work = plan.prepare(q, k, decay, 0, plan.most)
         c = d_state.new_zeros(plan.S, plan.HV, plan.K, plan.V)
-        c = _walk_back(plan, work, d_out, scale, c, (0, plan.most))
+        for chunks in reversed(plan.ranges()):
+            c = _walk_back(plan, plan.prepare(q, k, decay, *chunks), d_out, scale, c, chunks)
         d_state = _compose(decay, c, d_state, plan.segments, adjoint=True)
-    for low, high in plan.ranges():
+    for low, high in reversed(plan.ranges()):
         work = plan.prepare(q, k, decay, low, high)
         pairs = plan.pairs(low, high)
         states, d_states = (v.new_empty(pairs, plan.HV, plan.V, plan.K, dtype=plan.low) for _ in range(2))
-        _walk(plan, work, v, scale, saved[:, low // plan.every].contiguous(), (low, high), states=states)
+        _walk(plan, work, v, scale, saved[low // plan.every], (low, high), states=states)
         d_state = _walk_back(plan, work, d_out, scale, d_state, (low, high), d_states, dv)
         where = plan.starts, plan.slots, plan.T, low, high - low, scale, plan.HK, plan.HV, plan.K, plan.V
         if plan.key:
@@ -283,9 +291,13 @@ def _backward(
                 q, k, v, decay, d_out, states, d_states, dq, dk, d_decay, *where, q.numel(), **plan.common, **plan.tree,
             )  # fmt: skip
         else:
+            edges = work["G"].new_empty(pairs, plan.HV, 3, CHUNK)
             gather_head[(pairs * plan.HK * parts,)](
-                q, k, v, d_out, work["G"], states, d_states, dq, dk, dv, d_decay, *where,
+                q, k, v, d_out, work["G"], states, d_states, dq, dk, edges, *where,
                 plan.HV // plan.HK // parts, parts, q.numel(), **plan.common, **plan.head,
+            )  # fmt: skip
+            decay_head[(pairs * plan.HV,)](
+                q, k, v, d_out, work["G"], edges, d_decay, *where, **plan.common, **plan.decay,
             )  # fmt: skip
     dq, dk = (x.sum(0).to(q.dtype) if parts > 1 else x[0] for x in (dq, dk))
     return dq, dk, dv, d_decay.to(decay.dtype), d_state.unflatten(0, (-1, plan.segments))[:, 0].contiguous()

@@ -3,7 +3,7 @@
 `gather_head` has S at the start and dS at the end of every chunk and needs no order. With L as in triton_walk.py,
 P = q k^T, dP = scale dO v^T,
 
-    dq = scale start dO S^T + (dP L) k,   dk = end v dS^T + (dP L)^T q,   dv = scale (P L)^T dO + end k dS
+    dq = scale start dO S^T + (dP L) k,   dk = end v dS^T + (dP L)^T q
 
 q and k may serve many value heads: one program takes several of them, makes q k^T once and sums dP L over them before
 it meets k and q. The gradient to a decay is the definition's, <dS_t, S_{t-1}>: with row 0 the chunk's start,
@@ -28,6 +28,8 @@ from statetrack.ops.gated_linear_attention.triton_walk import (
     LOW,
     SIGN,
     START,
+    chunk_of,
+    decays,
     factor,
     signed_power,
 )
@@ -43,12 +45,7 @@ def prepare_head(
     """Write one chunk's running log2|decay| (two terms), sign, start and end, for BH heads."""
     slot = tl.program_id(0)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
-    if VARLEN:
-        s = tl.load(slots + 2 * slot)
-        c = tl.load(slots + 2 * slot + 1)
-    else:
-        s = slot // n_chunks
-        c = c_lo + slot % n_chunks
+    s, c = chunk_of(slot, slots, c_lo, n_chunks, VARLEN)
     token, tokens = span(s, c, starts, T, C, VARLEN)
     i = tl.arange(0, C)
     at = decay + token * HV + (i[:, None] * HV + h[None, :])
@@ -68,21 +65,16 @@ def prepare_head(
 
 @triton.jit
 def gather_head(
-    q, k, v, d_out, G, states, d_states, dq, dk, dv, d_decay, starts, slots,
+    q, k, v, d_out, G, states, d_states, dq, dk, edges, starts, slots,
     T, c_lo, n_chunks, scale, HK, HV, K, V, R, parts, part_stride,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
     VARLEN: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of one chunk's inputs, for R of the value heads that share a key head; dq, dk are their sums."""
+    """Write dq and dk of one chunk, summed over R of the value heads that share a key head, and each one's y, z and c."""
     here = tl.program_id(0) // (HK * parts)
     hk = tl.program_id(0) // parts % HK
     part = tl.program_id(0) % parts
-    if VARLEN:
-        s = tl.load(slots + 2 * here)
-        c = tl.load(slots + 2 * here + 1)
-    else:
-        s = here // n_chunks
-        c = c_lo + here % n_chunks
+    s, c = chunk_of(here, slots, c_lo, n_chunks, VARLEN)
     token, tokens = span(s, c, starts, T, C, VARLEN)
     i = tl.arange(0, C)
     d = tl.arange(0, BK)
@@ -90,26 +82,17 @@ def gather_head(
     in_k = d < K
     alive = rows[:, None] & in_k[None, :]
     see = i[:, None] >= i[None, :]
-    before = i[:, None] > i[None, :]
     tile = (token * HK + hk) * K + ((i * (HK * K))[:, None] + d[None, :])
     qt = operand(tl.load(q + tile, mask=alive, other=0.0), EXACT)
     kt = operand(tl.load(k + tile, mask=alive, other=0.0), EXACT)
-    P = dot(qt, tl.trans(kt), EXACT)
     shared = tl.zeros((C, C), tl.float32)
     d_q = tl.zeros((C, BK), tl.float32)
     d_k = tl.zeros((C, BK), tl.float32)
     for r in tl.range(0, R, num_stages=STAGES):
         h = hk * (HV // HK) + part * R + r
         slot = here.to(tl.int64) * HV + h
-        hi = factor(G, slot, HIGH, i, C)
-        lo = factor(G, slot, LOW, i, C)
-        sign = factor(G, slot, SIGN, i, C)
-        start = factor(G, slot, START, i, C)
-        end = factor(G, slot, END, i, C)
-        L = signed_power(hi[:, None], lo[:, None], sign[:, None], hi[None, :], lo[None, :], sign[None, :], see)
-        PL = tl.trans((P * L * scale).to(kt.dtype))
         dP = tl.zeros((C, C), tl.float32)
-        read = tl.zeros((C, BK), tl.float32)
+        y = tl.zeros((C,), tl.float32)
         z = tl.zeros((C,), tl.float32)
         carried = tl.zeros((BK,), tl.float32)
         for iv in tl.static_range(NV):
@@ -129,34 +112,65 @@ def gather_head(
                 S = tl.load(states + block, mask=inside, other=0.0)
                 D = tl.load(d_states + block, mask=inside, other=0.0)
             dP = dot_add(do, tl.trans(vt), dP, EXACT)
-            W = dot(kt, tl.trans(D), EXACT)
-            z += tl.sum(W * vt.to(tl.float32), 1)
-            W = dot_add(PL, do, W * end[:, None], EXACT)
-            if EVEN:
-                tl.store(dv + at, W.to(dv.dtype.element_ty))
-            else:
-                tl.store(dv + at, W.to(dv.dtype.element_ty), mask=some)
-            read = dot_add(do, S, read, EXACT)
+            y += tl.sum(dot(qt, tl.trans(S), EXACT) * do.to(tl.float32), 1)
+            z += tl.sum(dot(kt, tl.trans(D), EXACT) * vt.to(tl.float32), 1)
+            start = factor(G, slot, START, i, C) * scale
+            end = factor(G, slot, END, i, C)
+            d_q = dot_add((do.to(tl.float32) * start[:, None]).to(kt.dtype), S, d_q, EXACT)
             d_k = dot_add((vt.to(tl.float32) * end[:, None]).to(kt.dtype), D, d_k, EXACT)
             carried += tl.sum(S.to(tl.float32) * D.to(tl.float32), 0)
-        read *= scale
-        dP *= scale
-        y = tl.sum(read * qt.to(tl.float32), 1)
-        d_q += read * start[:, None]
-        shared += dP * L
-        back = tl.maximum(i - 1, 0)
-        hi_p = tl.where(i > 0, factor(G, slot, HIGH, back, C), 0.0)
-        lo_p = tl.where(i > 0, factor(G, slot, LOW, back, C), 0.0)
-        sign_p = tl.where(i > 0, factor(G, slot, SIGN, back, C), 1.0)
-        start_p = tl.where(i > 0, factor(G, slot, START, back, C), 1.0)
-        L_p = signed_power(
-            hi_p[:, None], lo_p[:, None], sign_p[:, None], hi[None, :], lo[None, :], sign[None, :], before
-        )
-        M = dot((dP * P).to(kt.dtype), tl.trans(L_p.to(kt.dtype)), EXACT)
-        d_a = tl.sum((M + y[:, None] * start_p[None, :]) * L, 0)
-        d_a += end * (tl.sum(L_p * z[None, :], 1) + start_p * tl.sum(carried, 0))
-        tl.store(d_decay + (token + i) * HV + h, d_a, mask=rows)
+        shared += dP * decays(G, slot, see, C) * scale
+        at = slot * 3 * C + i
+        tl.store(edges + at, y * scale)
+        tl.store(edges + at + C, z)
+        tl.store(edges + at + 2 * C, tl.sum(carried, 0) + tl.zeros((C,), tl.float32))
     d_q = dot_add(shared.to(kt.dtype), kt, d_q, EXACT)
     d_k = dot_add(tl.trans(shared.to(kt.dtype)), qt, d_k, EXACT)
     tl.store(dq + part * part_stride + tile, d_q.to(dq.dtype.element_ty), mask=alive)
     tl.store(dk + part * part_stride + tile, d_k.to(dk.dtype.element_ty), mask=alive)
+
+
+@triton.jit
+def decay_head(
+    q, k, v, d_out, G, edges, d_decay, starts, slots,
+    T, c_lo, n_chunks, scale, HK, HV, K, V,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient to one chunk's decays of one head."""
+    here = tl.program_id(0) // HV
+    h = tl.program_id(0) % HV
+    slot = here.to(tl.int64) * HV + h
+    s, c = chunk_of(here, slots, c_lo, n_chunks, VARLEN)
+    token, tokens = span(s, c, starts, T, C, VARLEN)
+    i = tl.arange(0, C)
+    d = tl.arange(0, BK)
+    rows = i < tokens
+    alive = rows[:, None] & (d < K)[None, :]
+    tile = (token * HK + h // (HV // HK)) * K + ((i * (HK * K))[:, None] + d[None, :])
+    qt = operand(tl.load(q + tile, mask=alive, other=0.0), EXACT)
+    kt = operand(tl.load(k + tile, mask=alive, other=0.0), EXACT)
+    dP = tl.zeros((C, C), tl.float32)
+    for iv in tl.static_range(NV):
+        e = iv * BV + tl.arange(0, BV)
+        some = rows[:, None] & (e < V)[None, :]
+        at = (token * HV + h) * V + ((i * (HV * V))[:, None] + e[None, :])
+        vt = operand(tl.load(v + at, mask=some, other=0.0), EXACT)
+        do = operand(tl.load(d_out + at, mask=some, other=0.0), EXACT)
+        dP = dot_add(do, tl.trans(vt), dP, EXACT)
+    X = (dot(qt, tl.trans(kt), EXACT) * (dP * scale)).to(kt.dtype)
+    back = tl.maximum(i - 1, 0)
+    hi = tl.where(i > 0, factor(G, slot, HIGH, back, C), 0.0)
+    lo = tl.where(i > 0, factor(G, slot, LOW, back, C), 0.0)
+    sign = tl.where(i > 0, factor(G, slot, SIGN, back, C), 1.0)
+    start = tl.where(i > 0, factor(G, slot, START, back, C), 1.0)
+    before = i[:, None] > i[None, :]
+    L = signed_power(
+        hi[:, None], lo[:, None], sign[:, None],
+        factor(G, slot, HIGH, i, C)[None, :], factor(G, slot, LOW, i, C)[None, :], factor(G, slot, SIGN, i, C)[None, :],
+        before,
+    )  # fmt: skip
+    edge = edges + slot * 3 * C + i
+    later = tl.sum(L * tl.load(edge + C)[None, :], 1) + start * tl.load(edge + 2 * C)
+    M = dot(X, tl.trans(L.to(kt.dtype)), EXACT) + tl.load(edge)[:, None] * start[None, :]
+    d_a = tl.sum(M * decays(G, slot, i[:, None] >= i[None, :], C), 0) + factor(G, slot, END, i, C) * later
+    tl.store(d_decay + (token + i) * HV + h, d_a, mask=rows)

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 
 from statetrack.ops.delta_rule.triton_forward import dot, dot_add, operand, span, split
+from statetrack.ops.gated_linear_attention.triton_walk import chunk_of
 
 LEVELS = tl.constexpr(6)  # of chunks of 64
 
@@ -67,12 +68,7 @@ def prepare_key(
     here = tl.program_id(0) // HV  # heads vary fastest: their rows are neighbours in memory
     h = tl.program_id(0) % HV
     slot = here.to(tl.int64) * HV + h
-    if VARLEN:
-        s = tl.load(slots + 2 * here)
-        c = tl.load(slots + 2 * here + 1)
-    else:
-        s = here // n_chunks
-        c = c_lo + here % n_chunks
+    s, c = chunk_of(here, slots, c_lo, n_chunks, VARLEN)
     token, tokens = span(s, c, starts, T, C, VARLEN)
     hk = h // (HV // HK)
     i = tl.arange(0, C)
@@ -153,12 +149,7 @@ def gather_key(
     here = tl.program_id(0) // HV
     h = tl.program_id(0) % HV
     slot = here.to(tl.int64) * HV + h
-    if VARLEN:
-        s = tl.load(slots + 2 * here)
-        c = tl.load(slots + 2 * here + 1)
-    else:
-        s = here // n_chunks
-        c = c_lo + here % n_chunks
+    s, c = chunk_of(here, slots, c_lo, n_chunks, VARLEN)
     token, tokens = span(s, c, starts, T, C, VARLEN)
     hk = h // (HV // HK)
     i = tl.arange(0, C)

@@ -5,7 +5,11 @@ i, after row j, and of all rows,
 
     o_i = scale (start_i q_i S + sum_{j <= i} P_ij v_j),   S <- total S + sum_j (end_j k_j)^T v_j
 
-and `walk_back` its adjoint, dS <- total dS + scale sum_i (start_i q_i)^T dO_i. What decays multiply is made before:
+and `walk_back` its adjoint,
+
+    dv_j = end_j k_j dS + scale sum_{i >= j} P_ij dO_i,   dS <- total dS + scale sum_i (start_i q_i)^T dO_i
+
+What decays multiply is made before:
 
 - one decay per head (KEY false): `prepare_head` leaves start, end, and the running log2|decay| (two terms) with its sign,
   from which P = (q k^T) L is made here, L_ij = sign_i sign_j 2^(g_i - g_j);
@@ -47,15 +51,37 @@ def signed_power(hi, lo, sign, from_hi, from_lo, from_sign, wanted):
 
 
 @triton.jit
+def decays(G, slot, wanted, C: tl.constexpr):
+    """Return L_ij [C C] of one chunk and head where wanted, else 0."""
+    i = tl.arange(0, C)
+    hi = factor(G, slot, HIGH, i, C)
+    lo = factor(G, slot, LOW, i, C)
+    sign = factor(G, slot, SIGN, i, C)
+    return signed_power(hi[:, None], lo[:, None], sign[:, None], hi[None, :], lo[None, :], sign[None, :], wanted)
+
+
+@triton.jit
+def chunk_of(slot, slots, c_lo, n_chunks, VARLEN: tl.constexpr):
+    """Return the sequence and the chunk that a workspace's slot is for."""
+    if VARLEN:
+        s = tl.load(slots + 2 * slot)
+        c = tl.load(slots + 2 * slot + 1)
+    else:
+        s = slot // n_chunks
+        c = c_lo + slot % n_chunks
+    return s, c
+
+
+@triton.jit
 def walk(
-    q, k, k_lo, v, G, P, initial, o, final, saved, states, starts, bases,
-    T, c_lo, c_hi, every, scale, HK, HV, K, V,
+    q, k, k_lo, v, G, P, initial, o, final, states, starts, bases,
+    T, c_lo, c_hi, scale, HK, HV, K, V,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEY: tl.constexpr, VARLEN: tl.constexpr, EVEN: tl.constexpr,
-    SAVE: tl.constexpr, STATES: tl.constexpr, OUTPUT: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    STATES: tl.constexpr, OUTPUT: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk over the chunks [c_lo, c_hi) of one sequence and head (all, if packed), for BV columns of the state.
 
-    SAVE keeps the state (float32) before every `every`-th chunk, STATES (in the products' type) before each one.
+    OUTPUT writes o, STATES the state before each chunk in the products' type.
     """
     iv = tl.program_id(0)
     sh = tl.program_id(1)
@@ -70,7 +96,7 @@ def walk(
     inside = in_v[:, None] & in_k[None, :]
     flat = e[:, None] * K + d[None, :]  # [BV BK] of a [V K] state
     turned = d[None, :] * V + e[:, None]  # of a [K V] state
-    see = i[:, None] <= i[None, :]  # [j i]
+    see = i[:, None] >= i[None, :]  # [i j]
     token, _ = span(s, 0, starts, T, C, VARLEN)
     if VARLEN:
         total = tl.load(starts + s + 1) - tl.load(starts + s)
@@ -105,10 +131,6 @@ def walk(
                 qt = operand(tl.load(qp), EXACT)
             else:
                 qt = operand(tl.load(qp, mask=rows[:, None] & in_k[None, :], other=0.0), EXACT)
-        if SAVE:
-            if c % every == 0:
-                there = ((s * tl.cdiv(c_hi, every) + c // every).to(tl.int64) * HV + h) * K * V
-                tl.store(saved + there + turned, S, mask=inside)
         if STATES:
             tl.store(states + slot * K * V + flat, S.to(states.dtype.element_ty), mask=inside)
         if OUTPUT:
@@ -116,12 +138,8 @@ def walk(
             if KEY:
                 PT = tl.load(P + slot * C * C + (i[None, :] * C + i[:, None]))
             else:
-                hi = factor(G, slot, HIGH, i, C)
-                lo = factor(G, slot, LOW, i, C)
-                sign = factor(G, slot, SIGN, i, C)
                 O *= factor(G, slot, START, i, C)[None, :]
-                PT = dot(kt, tl.trans(qt), EXACT)
-                PT *= signed_power(hi[None, :], lo[None, :], sign[None, :], hi[:, None], lo[:, None], sign[:, None], see)
+                PT = dot(kt, tl.trans(qt), EXACT) * tl.trans(decays(G, slot, see, C))
             O = dot_add(vt, PT.to(vt.dtype), O, EXACT)
             op = o + (first * HV + h) * V + ((i * (HV * V))[None, :] + e[:, None])
             if EVEN:
@@ -153,7 +171,7 @@ def walk_back(
 ):  # fmt: skip
     """Walk back from chunk c_hi - 1 to c_lo of one sequence and head, for BV columns of the state's gradient.
 
-    OUTPUT keeps the gradient to the state after each chunk, and with KEY writes dv.
+    OUTPUT writes dv, and the gradient to the state after each chunk in the products' type.
     """
     iv = tl.program_id(0)
     sh = tl.program_id(1)
@@ -168,6 +186,7 @@ def walk_back(
     inside = in_v[:, None] & in_k[None, :]
     flat = e[:, None] * K + d[None, :]
     turned = d[None, :] * V + e[:, None]
+    see = i[:, None] >= i[None, :]  # [i j]
     token, _ = span(s, 0, starts, T, C, VARLEN)
     if VARLEN:
         total = tl.load(starts + s + 1) - tl.load(starts + s)
@@ -196,19 +215,22 @@ def walk_back(
             qt = operand(tl.load(q + tile, mask=rows[:, None] & in_k[None, :], other=0.0), EXACT)
         if OUTPUT:
             tl.store(d_states + slot * K * V + flat, D.to(d_states.dtype.element_ty), mask=inside)
+            if EVEN:
+                kt = operand(tl.load(k + tile), EXACT)
+            else:
+                kt = operand(tl.load(k + tile, mask=rows[:, None] & in_k[None, :], other=0.0), EXACT)
+            W = dot(D.to(kt.dtype), tl.trans(kt), EXACT)
             if KEY:
-                if EVEN:
-                    kt = operand(tl.load(k + tile), EXACT)
-                else:
-                    kt = operand(tl.load(k + tile, mask=rows[:, None] & in_k[None, :], other=0.0), EXACT)
-                scores = tl.load(P + slot * C * C + (i[:, None] * C + i[None, :]))
-                W = dot(do, scores, EXACT) * scale
-                W = dot_add(D.to(kt.dtype), tl.trans(kt), W, EXACT)
-                dvp = dv + (first * HV + h) * V + ((i * (HV * V))[None, :] + e[:, None])
-                if EVEN:
-                    tl.store(dvp, W.to(dv.dtype.element_ty))
-                else:
-                    tl.store(dvp, W.to(dv.dtype.element_ty), mask=rows[None, :] & in_v[:, None])
+                scores = tl.load(P + slot * C * C + (i[:, None] * C + i[None, :])).to(tl.float32)
+            else:
+                W *= factor(G, slot, END, i, C)[None, :]
+                scores = dot(qt, tl.trans(kt), EXACT) * decays(G, slot, see, C)
+            W = dot_add(do, (scores * scale).to(do.dtype), W, EXACT)
+            dvp = dv + (first * HV + h) * V + ((i * (HV * V))[None, :] + e[:, None])
+            if EVEN:
+                tl.store(dvp, W.to(dv.dtype.element_ty))
+            else:
+                tl.store(dvp, W.to(dv.dtype.element_ty), mask=rows[None, :] & in_v[:, None])
         if KEY:
             D *= tl.load(G + slot * K + d, mask=in_k, other=0.0)[None, :]
             D += dot(do, qt, EXACT) * scale
