@@ -97,8 +97,9 @@ def _not_for_triton(q: Tensor, v: Tensor, decay: Tensor) -> str | None:
         return f"needs tensors on a CUDA device, got {q.device}"
     if torch.float64 in (v.dtype, decay.dtype):
         return "does not take float64"
-    if q.shape[-1] > 256 or v.shape[-1] > 256:
-        return f"takes K and V up to 256, got K = {q.shape[-1]}, V = {v.shape[-1]}"
+    widest = 256 if v.dtype == torch.bfloat16 else 128
+    if q.shape[-1] > widest or v.shape[-1] > 256:
+        return f"takes K up to {widest} and V up to 256 in {v.dtype}, got K = {q.shape[-1]}, V = {v.shape[-1]}"
     if v.numel() >= 2**34 or q.shape[1] >= 2**31:
         return f"takes fewer than 2^34 values and 2^31 tokens, got {v.numel()} and {q.shape[1]}"
     return None

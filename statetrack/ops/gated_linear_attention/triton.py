@@ -79,21 +79,26 @@ class _Plan:
         if not self.varlen:
             chunk_bytes = self.S * self.HV * self.K * self.V * self.low.itemsize
             self.every = max(1, min(self.most, max(MIN_RANGE, RANGE_BYTES // max(1, chunk_bytes))))
-        even = not self.varlen and self.T % CHUNK == 0 and BK == self.K
+        rows = not self.varlen and self.T % CHUNK == 0
+
+        def full(columns: int) -> int:
+            return 0 if BK != self.K or self.V % columns else 2 if rows else 1
+
         self.common = {"C": CHUNK, "VARLEN": self.varlen, "EXACT": exact}
         self.walk = {
-            "BK": BK, "BV": BV, "KEY": self.key, "EVEN": even and self.V % BV == 0,
+            "BK": BK, "BV": BV, "KEY": self.key, "FULL": full(BV),
             "STAGES": 1 if exact or BK == 256 else 2, "num_warps": 8 if BK == 256 or (exact and BK > 64) else 4,
         }  # fmt: skip
         columns = min(BV, 16 if BK == 256 and exact else 32 if BK == 256 or exact else 64)
         self.head = {
-            "BK": BK, "BV": columns, "NV": triton.cdiv(self.V, columns), "EVEN": even and self.V % columns == 0,
+            "BK": BK, "BV": columns, "NV": triton.cdiv(self.V, columns), "FULL": full(columns),
             "STAGES": 1 if exact or BK == 256 else 2, "num_warps": 8 if BK > 32 else 4,
         }  # fmt: skip
         self.decay = {"BK": BK, "BV": columns, "NV": self.head["NV"], "num_warps": 8 if exact and BK > 64 else 4}
         columns = max(16, min(64 if exact else 128, triton.next_power_of_2(self.V)))
         self.tree = {"BK": min(BK, 32), "BV": columns, "NV": triton.cdiv(self.V, columns), "num_warps": 8}
-        self.blocks = {"BK": min(BK, 64), "NK": triton.cdiv(self.K, min(BK, 64)), "num_warps": 8}
+        columns = min(BK, 64 if exact else 128)
+        self.blocks = {"BK": columns, "NK": triton.cdiv(self.K, columns), "num_warps": 8}
 
     def ranges(self) -> list[tuple[int, int]]:
         """Return the ranges of chunks that are taken one after another."""

@@ -31,6 +31,7 @@ from statetrack.ops.gated_linear_attention.triton_walk import (
     chunk_of,
     decays,
     factor,
+    fetch,
     signed_power,
 )
 
@@ -68,7 +69,7 @@ def gather_head(
     q, k, v, d_out, G, states, d_states, dq, dk, edges, starts, slots,
     T, c_lo, n_chunks, scale, HK, HV, K, V, R, parts, part_stride,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
-    VARLEN: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    VARLEN: tl.constexpr, FULL: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write dq and dk of one chunk, summed over R of the value heads that share a key head, and each one's y, z and c."""
     here = tl.program_id(0) // (HK * parts)
@@ -81,6 +82,7 @@ def gather_head(
     rows = i < tokens
     in_k = d < K
     alive = rows[:, None] & in_k[None, :]
+    STATE_FULL: tl.constexpr = 2 if FULL > 0 else 0
     see = i[:, None] >= i[None, :]
     tile = (token * HK + hk) * K + ((i * (HK * K))[:, None] + d[None, :])
     qt = operand(tl.load(q + tile, mask=alive, other=0.0), EXACT)
@@ -99,18 +101,10 @@ def gather_head(
             e = iv * BV + tl.arange(0, BV)
             at = (token * HV + h) * V + ((i * (HV * V))[:, None] + e[None, :])
             block = slot * K * V + (e[:, None] * K + d[None, :])
-            if EVEN:
-                vt = operand(tl.load(v + at), EXACT)
-                do = operand(tl.load(d_out + at), EXACT)
-                S = tl.load(states + block)
-                D = tl.load(d_states + block)
-            else:
-                some = rows[:, None] & (e < V)[None, :]
-                inside = (e < V)[:, None] & in_k[None, :]
-                vt = operand(tl.load(v + at, mask=some, other=0.0), EXACT)
-                do = operand(tl.load(d_out + at, mask=some, other=0.0), EXACT)
-                S = tl.load(states + block, mask=inside, other=0.0)
-                D = tl.load(d_states + block, mask=inside, other=0.0)
+            vt = operand(fetch(v + at, rows[:, None], (e < V)[None, :], FULL), EXACT)
+            do = operand(fetch(d_out + at, rows[:, None], (e < V)[None, :], FULL), EXACT)
+            S = fetch(states + block, (e < V)[:, None], in_k[None, :], STATE_FULL)
+            D = fetch(d_states + block, (e < V)[:, None], in_k[None, :], STATE_FULL)
             dP = dot_add(do, tl.trans(vt), dP, EXACT)
             y += tl.sum(dot(qt, tl.trans(S), EXACT) * do.to(tl.float32), 1)
             z += tl.sum(dot(kt, tl.trans(D), EXACT) * vt.to(tl.float32), 1)

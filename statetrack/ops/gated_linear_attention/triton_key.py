@@ -37,10 +37,8 @@ LEVELS = tl.constexpr(6)  # of chunks of 64
 @triton.jit
 def _other(x):
     """Exchange the two halves of every node, [nodes 2 h width]."""
-    r = tl.arange(0, 2)[None, :, None, None]
-    left = tl.sum(tl.where(r == 0, x, 0.0), 1)[:, None]
-    right = tl.sum(tl.where(r == 1, x, 0.0), 1)[:, None]
-    return tl.where(r == 0, right, left)
+    bits = x.to(tl.int32, bitcast=True)
+    return (tl.sum(bits, 1)[:, None] - bits).to(tl.float32, bitcast=True)  # exact: integers wrap
 
 
 @triton.jit

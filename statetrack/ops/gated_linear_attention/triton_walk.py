@@ -44,6 +44,29 @@ def factor(G, slot, which: tl.constexpr, rows, C: tl.constexpr):
 
 
 @triton.jit
+def fetch(p, rows, columns, FULL: tl.constexpr):
+    """Load a tile, 0 outside: FULL of 2 says that all of it is there, 1 that all columns are."""
+    if FULL == 2:
+        x = tl.load(p)
+    elif FULL == 1:
+        x = tl.load(p, mask=rows, other=0.0)
+    else:
+        x = tl.load(p, mask=rows & columns, other=0.0)
+    return x
+
+
+@triton.jit
+def put(p, x, rows, columns, FULL: tl.constexpr):
+    """Store a tile in the type of its tensor; FULL as in `fetch`."""
+    if FULL == 2:
+        tl.store(p, x.to(p.dtype.element_ty))
+    elif FULL == 1:
+        tl.store(p, x.to(p.dtype.element_ty), mask=rows)
+    else:
+        tl.store(p, x.to(p.dtype.element_ty), mask=rows & columns)
+
+
+@triton.jit
 def signed_power(hi, lo, sign, from_hi, from_lo, from_sign, wanted):
     """Return the products of the decays after `from` up to here, where wanted, else 0."""
     power = tl.exp2(tl.where(wanted, (hi - from_hi) + (lo - from_lo), 0.0))
@@ -76,7 +99,7 @@ def chunk_of(slot, slots, c_lo, n_chunks, VARLEN: tl.constexpr):
 def walk(
     q, k, k_lo, v, G, P, initial, o, final, states, starts, bases,
     T, c_lo, c_hi, scale, HK, HV, K, V,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEY: tl.constexpr, VARLEN: tl.constexpr, EVEN: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEY: tl.constexpr, VARLEN: tl.constexpr, FULL: tl.constexpr,
     STATES: tl.constexpr, OUTPUT: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk over the chunks [c_lo, c_hi) of one sequence and head (all, if packed), for BV columns of the state.
@@ -94,6 +117,7 @@ def walk(
     in_k = d < K
     in_v = e < V
     inside = in_v[:, None] & in_k[None, :]
+    STATE_FULL: tl.constexpr = 2 if FULL > 0 else 0
     flat = e[:, None] * K + d[None, :]  # [BV BK] of a [V K] state
     turned = d[None, :] * V + e[:, None]  # of a [K V] state
     see = i[:, None] >= i[None, :]  # [i j]
@@ -110,29 +134,18 @@ def walk(
     for c in tl.range(c_lo, last, num_stages=STAGES):
         slot = (base + c) * HV + h
         first = token + c * C
-        vp = v + (first * HV + h) * V + ((i * (HV * V))[None, :] + e[:, None])
+        rows = i < total - c * C
         if KEY:
             tile = slot * C * K + (i[:, None] * K + d[None, :])
-            kp = k + tile
-            qp = q + tile
         else:
             tile = (first * HK + hk) * K + ((i * (HK * K))[:, None] + d[None, :])
-            kp = k + tile
-            qp = q + tile
-        rows = i < total - c * C
-        if EVEN:
-            vt = operand(tl.load(vp), EXACT)
-            kt = operand(tl.load(kp), EXACT)
-        else:
-            vt = operand(tl.load(vp, mask=rows[None, :] & in_v[:, None], other=0.0), EXACT)
-            kt = operand(tl.load(kp, mask=rows[:, None] & in_k[None, :], other=0.0), EXACT)
+        at = (first * HV + h) * V + ((i * (HV * V))[None, :] + e[:, None])
+        vt = operand(fetch(v + at, rows[None, :], in_v[:, None], FULL), EXACT)
+        kt = operand(fetch(k + tile, rows[:, None], in_k[None, :], FULL), EXACT)
         if OUTPUT:
-            if EVEN:
-                qt = operand(tl.load(qp), EXACT)
-            else:
-                qt = operand(tl.load(qp, mask=rows[:, None] & in_k[None, :], other=0.0), EXACT)
+            qt = operand(fetch(q + tile, rows[:, None], in_k[None, :], FULL), EXACT)
         if STATES:
-            tl.store(states + slot * K * V + flat, S.to(states.dtype.element_ty), mask=inside)
+            put(states + slot * K * V + flat, S, in_v[:, None], in_k[None, :], STATE_FULL)
         if OUTPUT:
             O = dot(S.to(vt.dtype), tl.trans(qt), EXACT)
             if KEY:
@@ -141,20 +154,13 @@ def walk(
                 O *= factor(G, slot, START, i, C)[None, :]
                 PT = dot(kt, tl.trans(qt), EXACT) * tl.trans(decays(G, slot, see, C))
             O = dot_add(vt, PT.to(vt.dtype), O, EXACT)
-            op = o + (first * HV + h) * V + ((i * (HV * V))[None, :] + e[:, None])
-            if EVEN:
-                tl.store(op, (O * scale).to(o.dtype.element_ty))
-            else:
-                tl.store(op, (O * scale).to(o.dtype.element_ty), mask=rows[None, :] & in_v[:, None])
+            put(o + at, O * scale, rows[None, :], in_v[:, None], FULL)
         if KEY:
             S *= tl.load(G + slot * K + d, mask=in_k, other=0.0)[None, :]
             if EXACT:
                 S += dot(vt, kt, EXACT)
             else:
-                if EVEN:
-                    kl = tl.load(k_lo + tile)
-                else:
-                    kl = tl.load(k_lo + tile, mask=rows[:, None] & in_k[None, :], other=0.0)
+                kl = fetch(k_lo + tile, rows[:, None], in_k[None, :], FULL)
                 S += tl.dot(vt, kt, tl.dot(vt, kl))
         else:
             u_hi, u_lo = split(vt.to(tl.float32) * factor(G, slot, END, i, C)[None, :], EXACT)
@@ -166,7 +172,7 @@ def walk(
 def walk_back(
     q, k, d_out, G, P, d_final, d_state, d_states, dv, starts, bases,
     T, c_lo, c_hi, scale, HK, HV, K, V,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEY: tl.constexpr, VARLEN: tl.constexpr, EVEN: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, KEY: tl.constexpr, VARLEN: tl.constexpr, FULL: tl.constexpr,
     OUTPUT: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk back from chunk c_hi - 1 to c_lo of one sequence and head, for BV columns of the state's gradient.
@@ -184,6 +190,7 @@ def walk_back(
     in_k = d < K
     in_v = e < V
     inside = in_v[:, None] & in_k[None, :]
+    STATE_FULL: tl.constexpr = 2 if FULL > 0 else 0
     flat = e[:, None] * K + d[None, :]
     turned = d[None, :] * V + e[:, None]
     see = i[:, None] >= i[None, :]  # [i j]
@@ -201,24 +208,17 @@ def walk_back(
         c = last - 1 - back
         slot = (base + c) * HV + h
         first = token + c * C
-        dop = d_out + (first * HV + h) * V + ((i * (HV * V))[None, :] + e[:, None])
+        rows = i < total - c * C
         if KEY:
             tile = slot * C * K + (i[:, None] * K + d[None, :])
         else:
             tile = (first * HK + hk) * K + ((i * (HK * K))[:, None] + d[None, :])
-        rows = i < total - c * C
-        if EVEN:
-            do = operand(tl.load(dop), EXACT)
-            qt = operand(tl.load(q + tile), EXACT)
-        else:
-            do = operand(tl.load(dop, mask=rows[None, :] & in_v[:, None], other=0.0), EXACT)
-            qt = operand(tl.load(q + tile, mask=rows[:, None] & in_k[None, :], other=0.0), EXACT)
+        at = (first * HV + h) * V + ((i * (HV * V))[None, :] + e[:, None])
+        do = operand(fetch(d_out + at, rows[None, :], in_v[:, None], FULL), EXACT)
+        qt = operand(fetch(q + tile, rows[:, None], in_k[None, :], FULL), EXACT)
         if OUTPUT:
-            tl.store(d_states + slot * K * V + flat, D.to(d_states.dtype.element_ty), mask=inside)
-            if EVEN:
-                kt = operand(tl.load(k + tile), EXACT)
-            else:
-                kt = operand(tl.load(k + tile, mask=rows[:, None] & in_k[None, :], other=0.0), EXACT)
+            kt = operand(fetch(k + tile, rows[:, None], in_k[None, :], FULL), EXACT)
+            put(d_states + slot * K * V + flat, D, in_v[:, None], in_k[None, :], STATE_FULL)
             W = dot(D.to(kt.dtype), tl.trans(kt), EXACT)
             if KEY:
                 scores = tl.load(P + slot * C * C + (i[:, None] * C + i[None, :])).to(tl.float32)
@@ -226,11 +226,7 @@ def walk_back(
                 W *= factor(G, slot, END, i, C)[None, :]
                 scores = dot(qt, tl.trans(kt), EXACT) * decays(G, slot, see, C)
             W = dot_add(do, (scores * scale).to(do.dtype), W, EXACT)
-            dvp = dv + (first * HV + h) * V + ((i * (HV * V))[None, :] + e[:, None])
-            if EVEN:
-                tl.store(dvp, W.to(dv.dtype.element_ty))
-            else:
-                tl.store(dvp, W.to(dv.dtype.element_ty), mask=rows[None, :] & in_v[:, None])
+            put(dv + at, W, rows[None, :], in_v[:, None], FULL)
         if KEY:
             D *= tl.load(G + slot * K + d, mask=in_k, other=0.0)[None, :]
             D += dot(do, qt, EXACT) * scale
