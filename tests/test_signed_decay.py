@@ -95,7 +95,6 @@ BAD = {
     "must be a multiple": {"v": torch.zeros(2, 3, 3, 4), "decay": torch.zeros(2, 3, 3)},
     "initial_state has shape": {"initial_state": torch.zeros(2, 2, 4, 5)},
     "must share one dtype": {"k": torch.zeros(2, 3, 2, 5, dtype=torch.float64)},
-    "'triton' is not available for this op": {"backend": "triton"},
 }
 
 

@@ -6,14 +6,14 @@ the states at the chunks' starts, `walk_back` for dv and the gradients to the st
 between the two: the inputs, and the state before every range. One token without gradients is one kernel, `step`.
 
 Few heads and a long sequence would leave most of the GPU idle. Then the sequence is cut into segments that are walked
-side by side twice: from a zero state (giving c), and, once S <- total S + c has been taken over the segments in float64,
-from their true initial states. The adjoint likewise.
+side by side twice: from a zero state (giving c), and, once S <- total S + c has been taken over the segments in
+float64, from their true initial states. The adjoint likewise.
 
 Letters: B batch, T tokens, S sequences, C tokens per chunk, H value heads, K key dim, V value dim.
 """
 
 # Launches take constexpr parameters and options that no signature shows:
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportReturnType=false
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class _Plan:
 
     def grid(self) -> tuple[int, int]:
         """Return the grid of the two walks."""
-        return triton.cdiv(self.V, self.walk["BV"]), self.S * self.HV
+        return self.S * self.HV, triton.cdiv(self.V, self.walk["BV"])
 
     def parts(self) -> int:
         """Return among how many programs `gather_head` splits the value heads of a key head."""
@@ -351,9 +351,7 @@ def _(*args):
 
 
 @torch.library.custom_op("statetrack::gated_linear_attention_step_", mutates_args=("state",))
-def gated_linear_attention_step_(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, scale: float
-) -> Tensor:
+def gated_linear_attention_step_(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, scale: float) -> Tensor:
     """Take one token (T = 1) and update the float32 state [B H K V] in place; return o. No gradients."""
     if state.dtype != torch.float32 or not state.is_contiguous():
         raise UsageError(f"state must be contiguous float32, got {state.dtype} with strides {state.stride()}")
@@ -370,7 +368,7 @@ def _launch_step(q, k, v, decay, state, scale, final) -> Tensor:
     (B, _, HK, K), (HV, V) = q.shape, v.shape[2:]
     o = torch.empty_like(v)
     BV = 16 if B * HV * V < 32 * FULL_GPU else 32
-    step[(triton.cdiv(V, BV), B * HV)](
+    step[(B * HV, triton.cdiv(V, BV))](
         q, k, v, decay, state, o, final, scale, HK, HV, K, V,
         BK=max(16, triton.next_power_of_2(K)), BV=BV, KEY=decay.ndim == 4, num_warps=4,
     )  # fmt: skip

@@ -9,7 +9,8 @@ q and k may serve many value heads: one program takes several of them, makes q k
 it meets k and q. The gradient to a decay is the definition's, <dS_t, S_{t-1}>: with row 0 the chunk's start,
 X_ij = dP_ij q_i.k_j, y_i = scale q_i S dO_i, z_j = k_j dS v_j and c = <S, dS>,
 
-    d a_t = sum_{i >= t} L_it (sum_{j < t} X_ij L_{t-1,j} + y_i L_{t-1,0}) + L_Ct (sum_{j < t} L_{t-1,j} z_j + L_{t-1,0} c)
+    d a_t = sum_{i >= t} L_it (sum_{j < t} X_ij L_{t-1,j} + y_i L_{t-1,0})
+            + L_Ct (sum_{j < t} L_{t-1,j} z_j + L_{t-1,0} c)
 
 a matrix product and sums, no quotient: right at a decay of 0 as anywhere. Letters as in triton_walk.py; R value heads
 per program.
@@ -71,7 +72,7 @@ def gather_head(
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
     VARLEN: tl.constexpr, FULL: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write dq and dk of one chunk, summed over R of the value heads that share a key head, and each one's y, z and c."""
+    """Write one chunk's dq and dk, summed over R of the value heads that share a key head, and each head's y, z, c."""
     here = tl.program_id(0) // (HK * parts)
     hk = tl.program_id(0) // parts % HK
     part = tl.program_id(0) % parts
@@ -120,8 +121,9 @@ def gather_head(
         tl.store(edges + at + 2 * C, tl.sum(carried, 0) + tl.zeros((C,), tl.float32))
     d_q = dot_add(shared.to(kt.dtype), kt, d_q, EXACT)
     d_k = dot_add(tl.trans(shared.to(kt.dtype)), qt, d_k, EXACT)
-    tl.store(dq + part * part_stride + tile, d_q.to(dq.dtype.element_ty), mask=alive)
-    tl.store(dk + part * part_stride + tile, d_k.to(dk.dtype.element_ty), mask=alive)
+    tile += part.to(tl.int64) * part_stride
+    tl.store(dq + tile, d_q.to(dq.dtype.element_ty), mask=alive)
+    tl.store(dk + tile, d_k.to(dk.dtype.element_ty), mask=alive)
 
 
 @triton.jit

@@ -1,13 +1,14 @@
 """Gated linear attention with one decay per key channel: what a chunk needs, and the gradients of its inputs.
 
-Every pair of tokens i > j parts at one level of a binary tree over the chunk: there is a node of 2h tokens with j in its
-left and i in its right half. With m_t what the decays between t and the node's middle leave of q_t (right) or k_t (left),
+Every pair of tokens i > j parts at one level of a binary tree over the chunk: there is a node of 2h tokens with j in
+its left and i in its right half. With m_t what the decays between t and the node's middle leave of q_t (right) or k_t
+(left),
 
     q_i . L_ij k_j = m_i . m_j
 
-so one level is one product of m [C K] with itself, masked to the pairs that part there. The products of decays come from
-multiplication alone, from the leaves up: a prefix and a suffix within the node, and f_t, the product over the sibling.
-No logarithm, no quotient: nothing overflows, a decay of 0 or 1e-30 needs no special case, and a sign is a sign.
+so one level is one product of m [C K] with itself, masked to the pairs that part there. The products of decays come
+from multiplication alone, from the leaves up: a prefix and a suffix within the node, and f_t, the product over the
+sibling. No logarithm, no quotient: nothing overflows, a decay of 0 or 1e-30 needs no special case, a sign is a sign.
 
 The gradients go down the same tree. A node [a, b) has R_t = S_a dO_t (what reads see of the past), W_t = dS_b v_t (what
 the future sees of writes) and per channel c = <S_a, dS_b>. With Z the gradient to the scores, both ways, of the pairs

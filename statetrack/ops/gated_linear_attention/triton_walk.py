@@ -1,7 +1,7 @@
 """Gated linear attention's kernels that carry the state: over the chunks, back over them, and for a single token.
 
-`walk` holds S^T [V K] in float32. With start_i, end_j and total the products of a chunk's decays up to and including row
-i, after row j, and of all rows,
+`walk` holds S^T [V K] in float32. With start_i, end_j and total the products of a chunk's decays up to and including
+row i, after row j, and of all rows,
 
     o_i = scale (start_i q_i S + sum_{j <= i} P_ij v_j),   S <- total S + sum_j (end_j k_j)^T v_j
 
@@ -11,8 +11,8 @@ and `walk_back` its adjoint,
 
 What decays multiply is made before:
 
-- one decay per head (KEY false): `prepare_head` leaves start, end, and the running log2|decay| (two terms) with its sign,
-  from which P = (q k^T) L is made here, L_ij = sign_i sign_j 2^(g_i - g_j);
+- one decay per head (KEY false): `prepare_head` leaves start, end, and the running log2|decay| (two terms) with its
+  sign, from which P = (q k^T) L is made here, L_ij = sign_i sign_j 2^(g_i - g_j);
 - one per key channel (KEY): `prepare_key` leaves start q, end k (two terms) and P itself, a tile per chunk and head.
 
 The state is never an operand of its own update, so only what is written to it takes two bf16 terms; the sum is added to
@@ -22,7 +22,7 @@ Letters: B batch, T tokens, S sequences, C tokens per chunk, H value heads, K ke
 (sequence, chunk) pairs of a workspace.
 """
 
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
 import triton
 import triton.language as tl
@@ -106,8 +106,8 @@ def walk(
 
     OUTPUT writes o, STATES the state before each chunk in the products' type.
     """
-    iv = tl.program_id(0)
-    sh = tl.program_id(1)
+    sh = tl.program_id(0)
+    iv = tl.program_id(1)
     s = sh // HV
     h = sh % HV
     hk = h // (HV // HK)
@@ -147,14 +147,14 @@ def walk(
         if STATES:
             put(states + slot * K * V + flat, S, in_v[:, None], in_k[None, :], STATE_FULL)
         if OUTPUT:
-            O = dot(S.to(vt.dtype), tl.trans(qt), EXACT)
+            OT = dot(S.to(vt.dtype), tl.trans(qt), EXACT)
             if KEY:
                 PT = tl.load(P + slot * C * C + (i[None, :] * C + i[:, None]))
             else:
-                O *= factor(G, slot, START, i, C)[None, :]
+                OT *= factor(G, slot, START, i, C)[None, :]
                 PT = dot(kt, tl.trans(qt), EXACT) * tl.trans(decays(G, slot, see, C))
-            O = dot_add(vt, PT.to(vt.dtype), O, EXACT)
-            put(o + at, O * scale, rows[None, :], in_v[:, None], FULL)
+            OT = dot_add(vt, PT.to(vt.dtype), OT, EXACT)
+            put(o + at, OT * scale, rows[None, :], in_v[:, None], FULL)
         if KEY:
             S *= tl.load(G + slot * K + d, mask=in_k, other=0.0)[None, :]
             if EXACT:
@@ -179,8 +179,8 @@ def walk_back(
 
     OUTPUT writes dv, and the gradient to the state after each chunk in the products' type.
     """
-    iv = tl.program_id(0)
-    sh = tl.program_id(1)
+    sh = tl.program_id(0)
+    iv = tl.program_id(1)
     s = sh // HV
     h = sh % HV
     hk = h // (HV // HK)
@@ -243,8 +243,8 @@ def step(
     BK: tl.constexpr, BV: tl.constexpr, KEY: tl.constexpr,
 ):  # fmt: skip
     """Advance BV columns of one sequence's and head's state by one token, reading and writing it once."""
-    iv = tl.program_id(0)
-    bh = tl.program_id(1)
+    bh = tl.program_id(0)
+    iv = tl.program_id(1)
     at_k = (bh // HV) * HK + (bh % HV) // (HV // HK)
     d = tl.arange(0, BK)
     e = iv * BV + tl.arange(0, BV)
