@@ -54,7 +54,7 @@ def ours(x: dict, signed: bool):
     decay = (-x["dt"]).exp().detach()
     if signed:
         decay = torch.where(torch.rand_like(decay) < 0.5, -decay, decay)
-    leaves = {n: x[n] for n in ("q", "k", "v")} | {"decay": decay.requires_grad_()}
+    leaves: dict = {n: x[n] for n in ("q", "k", "v")} | {"decay": decay.requires_grad_()}
     return lambda: gated_linear_attention(**leaves, backend="triton"), leaves
 
 
