@@ -94,7 +94,7 @@ def delta_rule(
         o, state = delta_rule_reference(*cast, log_decay, scale, initial_state, lengths)
         return o.to(v.dtype), state
     if backend == "triton" or (backend == "auto" and q.is_cuda):
-        reason = _not_for_triton(q, k, v, log_decay)
+        reason = _not_for_triton(q, k, v)
         if reason is None:
             run = _triton_kernels(q, v, log_decay)
             return run(q, k, v, beta, log_decay, scale, initial_state, lengths, precision)
@@ -103,7 +103,7 @@ def delta_rule(
     return delta_rule_chunk(q, k, v, beta, log_decay, scale, initial_state, lengths)
 
 
-def _not_for_triton(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> str | None:
+def _not_for_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Return why the Triton kernels cannot run on these inputs, or None if they can."""
     if not TRITON_INSTALLED:
         return "needs Triton, which is not installed (pip install 'statetrack[gpu]')"

@@ -1,6 +1,6 @@
 """The delta rule's backward kernels for a decay per key channel: the walk back, then each chunk's gradients.
 
-`walk_back_keys` carries dS^T [V K] in float32 and writes Z (names as in triton_key_forward.py; X inverts I + diag(w) L):
+`walk_back_keys` carries dS^T [V K] in float32 and writes Z (names as in triton_key_forward.py, X for I + diag(w) L):
 
     dU = scale P^T dO + out dS,   Z = X^T dU,   dS <- total dS + scale query^T dO - in^T (w Z)
 
@@ -31,6 +31,7 @@ from statetrack.ops.delta_rule.triton_key_forward import (
     right_scale,
     row_of,
     running,
+    terms_of,
 )
 
 
@@ -39,7 +40,7 @@ def walk_back_keys(
     d_out, Rows, Squares, scales, total, d_state, d_final, z, d_saved, starts, bases,
     T, c_lo, c_hi, scale, HV, K, V,
     N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr,
-    TERMS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    TERMS: tl.constexpr, TWO: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk back from chunk c_hi - 1 to c_lo of one sequence and head, for BV columns of the state's gradient."""
     e = tl.program_id(0) * BV + tl.arange(0, BV)
@@ -50,7 +51,6 @@ def walk_back_keys(
     d = tl.arange(0, BK)
     in_v = (e < V)[:, None]
     inside = in_v & (d < K)[None, :]
-    two: tl.constexpr = TERMS == 2 and not EXACT
     token, _ = span(s, 0, starts, T, C, VARLEN)
     if VARLEN:
         length = tl.load(starts + s + 1) - tl.load(starts + s)
@@ -71,38 +71,29 @@ def walk_back_keys(
         first = token + c * C
         alive = i < tl.minimum(length - c * C, C) * N
         asks = alive & (i % N == N - 1)
-        rows = Rows + slot * ((5 if two else 3) * 64 * BK) + rp
-        squares = Squares + slot * ((3 if two else 2) * 4096) + xp
+        rows = Rows + slot * ((5 if TWO else 3) * 64 * BK) + rp
+        squares = Squares + slot * ((3 if TWO else 2) * 4096) + xp
         op = (first * HV + h) * V + ((i // N * (HV * V))[None, :] + e[:, None])
         dot_o = operand(tl.load(d_out + op, mask=asks[None, :] & in_v, other=0.0), EXACT)
-        in_hi = tl.load(rows)
-        out_hi = tl.load(rows + 64 * BK)
-        query = tl.load(rows + 2 * 64 * BK)
-        x_hi = tl.load(squares)
-        P = tl.load(squares + 4096)
-        if two:
-            in_lo = tl.load(rows + 3 * 64 * BK)
-            out_lo = tl.load(rows + 4 * 64 * BK)
-            x_lo = tl.load(squares + 2 * 4096)
-        else:
-            in_lo = in_hi
-            out_lo = out_hi
-            x_lo = x_hi
         w = tl.load(scales + slot * 256 + i)
-        decay = tl.load(total + slot * BK + d)
 
         s_hi, s_lo = split(DT, EXACT)
         keep = d_saved + slot * K * V + (e[:, None] * K + d[None, :])
         tl.store(keep, (DT * scale).to(d_saved.dtype.element_ty), mask=inside)
-        UT = dot_add(dot_o, P, dot_both(s_hi, s_lo, tl.trans(out_hi), tl.trans(out_lo), TERMS, EXACT), EXACT)
+        out_hi, out_lo = terms_of(rows + 64 * BK, 3 * 64 * BK, TWO)
+        UT = dot_both(s_hi, s_lo, tl.trans(out_hi), tl.trans(out_lo), TERMS, EXACT)
+        UT = dot_add(dot_o, tl.load(squares + 4096), UT, EXACT)
+        x_hi, x_lo = terms_of(squares, 2 * 4096, TWO)
         u_hi, u_lo = split(UT, EXACT)
         ZT = dot_both(u_hi, u_lo, x_hi, x_lo, TERMS, EXACT)
         zp = (first * N * HV + h) * V + ((i * (HV * V))[None, :] + e[:, None])
         tl.store(z + zp, (ZT * scale).to(z.dtype.element_ty), mask=alive[None, :] & in_v)
         h_hi, h_lo = split(-ZT * w[None, :], EXACT)
-        DT = dot_add(dot_o, query, DT * decay[None, :], EXACT)
+        DT *= tl.load(total + slot * BK + d)[None, :]
+        DT = dot_add(dot_o, tl.load(rows + 2 * 64 * BK), DT, EXACT)
+        in_hi, in_lo = terms_of(rows, 3 * 64 * BK, TWO)
         DT = dot_add(h_hi, in_hi, DT, EXACT)
-        if two:
+        if TWO:
             DT = tl.dot(h_lo, in_hi, DT)
             DT = tl.dot(h_hi, in_lo, DT)
     tl.store(d_state + tile, DT * scale, mask=inside)
@@ -204,7 +195,7 @@ def gather_keys(
         as_later = tl.zeros((64, BS), tl.float32)
         as_earlier = tl.zeros((64, BS), tl.float32)
         as_query = tl.zeros((64, BS), tl.float32)
-        for b in tl.static_range(4):
+        for b in tl.range(4):
             scale_right = right_scale(hi, lo, ref, mild, b)
             k_right = (kt * scale_right).to(low)
             dl = tl.where((block == b)[:, None], dL, 0.0).to(low)
@@ -225,8 +216,8 @@ def gather_keys(
                 dp3 = tl.reshape(tl.sum(tl.where(chosen, dP, 0.0), 1), (4, 16))[:, :, None]
                 as_later += tl.reshape(dl3 * decay * row_of(k3, c), (64, BS))
                 as_query += tl.reshape(dp3 * decay * row_of(k3, c), (64, BS))
-                back = tl.sum((dl3 * k3 + dp3 * q3) * decay, 1)[:, None, :]
-                as_earlier += tl.reshape(tl.where(tl.arange(0, 16)[None, :, None] == c, back, 0.0), (64, BS))
+                gathered = tl.sum((dl3 * k3 + dp3 * q3) * decay, 1)[:, None, :]
+                as_earlier += tl.reshape(tl.where(tl.arange(0, 16)[None, :, None] == c, gathered, 0.0), (64, BS))
 
         last_hi = last_row(hi)
         last_lo = last_row(lo)

@@ -25,7 +25,7 @@ from statetrack.ops.delta_rule.triton_key_forward import prepare_keys, walk_keys
 
 RANGES = 8  # a workspace is about this fraction of one for the whole sequence
 MIN_RANGE = 8  # chunks
-LIMIT = {True: 32, False: 120}  # a block's log decay that scaling may span: for float32 products, for bfloat16 ones
+LIMIT = {True: 32, False: 80}  # of a block's log decay that scaling may span: for float32 products, for bfloat16 ones
 
 
 def delta_rule_triton_key_decay(
@@ -80,11 +80,12 @@ class _Plan:
         self.two = terms == 2 and not exact
         self.BK = max(16, triton.next_power_of_2(self.K))
         self.common = {"N": self.N, "C": self.C, "BK": self.BK, "VARLEN": self.varlen, "EXACT": exact}
-        slice_ = {"BS": min(self.BK, 32 if exact else 64), "LIMIT": LIMIT[exact], "num_warps": 8, "num_stages": 1}
-        self.prepare_options = slice_ | {"TERMS": terms}
-        self.gather_options = slice_ | {"BV": max(16, min(32 if exact else 64, triton.next_power_of_2(self.V)))}
-        self.BV = walk_columns(self.V, self.BK, exact)
-        self.walk_options = {"TERMS": terms, "BV": self.BV, "STAGES": 1, "num_warps": 8 if self.BV > 64 else 4}
+        channels = {"BS": 16 if exact else min(32, self.BK), "LIMIT": LIMIT[exact], "num_warps": 8, "num_stages": 1}
+        self.prepare_options = channels | {"TERMS": terms, "TWO": self.two}
+        self.gather_options = channels | {"BV": max(16, min(32 if exact else 64, triton.next_power_of_2(self.V)))}
+        self.BV = walk_columns(self.BK, exact)
+        self.walk_options = {"TERMS": terms, "TWO": self.two, "BV": self.BV}
+        self.walk_options |= {"num_warps": 8 if exact else 4, "STAGES": 1}
 
     def ranges(self) -> list[tuple[int, int]]:
         """Return the ranges of chunks to take one after another (packed sequences: all chunks at once)."""
@@ -116,11 +117,11 @@ class _Plan:
         return slots
 
 
-def walk_columns(V: int, BK: int, exact: bool) -> int:
-    """Return how many value columns of the state one program walks with."""
-    if exact or BK == 256:
-        return 32 if BK == 256 else 64
-    return 128 if BK == 128 and V > 64 else 64
+def walk_columns(BK: int, exact: bool) -> int:
+    """Return how many value columns of the state one program walks with: so few that two bf16 programs share a core."""
+    if BK == 256:
+        return 16 if exact else 32
+    return 64
 
 
 def _evenly_strided(log_decay: Tensor) -> Tensor:

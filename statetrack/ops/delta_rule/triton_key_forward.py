@@ -83,7 +83,7 @@ def left_scale(hi, lo, ref, BS: tl.constexpr):
 
 
 @triton.jit
-def right_scale(hi, lo, ref, mild, b: tl.constexpr):
+def right_scale(hi, lo, ref, mild, b):
     """Return what scales every row as the earlier one of a pair whose later row is in block b; 0 if there is none."""
     at = tl.arange(0, 4)[:, None, None] == b
     here = tl.sum(tl.sum(tl.where(at, ref, 0.0), 0), 0)
@@ -102,6 +102,17 @@ def pair_decay(hi, lo, mild, c):
 
 
 @triton.jit
+def terms_of(at, low, TWO: tl.constexpr):
+    """Load a tile's two terms, the low one `low` elements further, or one term twice."""
+    hi = tl.load(at)
+    if TWO:
+        lo = tl.load(at + low)
+    else:
+        lo = hi
+    return hi, lo
+
+
+@triton.jit
 def _scores(left, right, TERMS: tl.constexpr, EXACT: tl.constexpr):
     """Return left right^T for float32 tiles, in one or two terms."""
     l_hi, l_lo = split(left, EXACT)
@@ -114,7 +125,7 @@ def prepare_keys(
     q, k, beta, log_decay, Rows, Squares, scales, total, starts, slots,
     T, c_lo, n_chunks, HK, HV, K, g_token, g_head, g_key,
     N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BS: tl.constexpr, VARLEN: tl.constexpr,
-    TERMS: tl.constexpr, EXACT: tl.constexpr, LIMIT: tl.constexpr, BACKWARD: tl.constexpr,
+    TERMS: tl.constexpr, TWO: tl.constexpr, EXACT: tl.constexpr, LIMIT: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Write one chunk's Rows, Squares and total, and its w, n, p and the rest of w."""
     slot = tl.program_id(0) // HV  # heads vary fastest: their rows are neighbours in memory
@@ -135,10 +146,9 @@ def prepare_keys(
     kp = k + ((row * HK + hk) * K)[:, None]
     qp = q + (((token + i // N) * HK + hk) * K)[:, None]
     gp = log_decay + ((token + i // N) * g_token + h * g_head)[:, None]
-    two: tl.constexpr = TERMS == 2 and not EXACT
     out = slot.to(tl.int64) * HV + h
-    Rows += out * ((5 if two else 3) * 64 * BK) + i[:, None] * BK
-    Squares += out * ((3 if two else 2) * 4096) + (i[:, None] * 64 + i[None, :])
+    Rows += out * ((5 if TWO else 3) * 64 * BK) + i[:, None] * BK
+    Squares += out * ((3 if TWO else 2) * 4096) + (i[:, None] * 64 + i[None, :])
 
     largest = tl.zeros((64,), tl.float32)
     squared = tl.zeros((64,), tl.float64)
@@ -164,7 +174,7 @@ def prepare_keys(
         hi, lo = running(gp + d[None, :] * g_key, opens[:, None] & in_k)
         ref, mild = reference(hi, LIMIT, BS)
         scale = left_scale(hi, lo, ref, BS)
-        for b in tl.static_range(4):
+        for b in tl.range(4):
             right = kt * right_scale(hi, lo, ref, mild, b)
             A = tl.where((block == b)[:, None], A + _scores(kt * scale, right, TERMS, EXACT), A)
             P = tl.where((block == b)[:, None], P + _scores(qt * scale, right, 1, EXACT), P)
@@ -185,7 +195,7 @@ def prepare_keys(
         tl.store(rows, in_hi)
         tl.store(rows + 64 * BK, out_hi)
         tl.store(rows + 2 * 64 * BK, (qt * start).to(Rows.dtype.element_ty))
-        if two:
+        if TWO:
             tl.store(rows + 3 * 64 * BK, in_lo)
             tl.store(rows + 4 * 64 * BK, out_lo)
         tl.store(total + out * BK + d, tl.exp(last_hi + last_lo))
@@ -194,7 +204,7 @@ def prepare_keys(
     x_hi, x_lo = split(X, EXACT)
     tl.store(Squares, x_hi)
     tl.store(Squares + 4096, tl.where(i[:, None] >= i[None, :], P, 0.0).to(Squares.dtype.element_ty))
-    if two:
+    if TWO:
         tl.store(Squares + 2 * 4096, x_lo)
     tl.store(scales + out * 256 + i, w)
     tl.store(scales + out * 256 + 64 + i, tl.sqrt(squared.to(tl.float32)))
@@ -207,7 +217,7 @@ def walk_keys(
     v, Rows, Squares, scales, total, initial, o, final, saved, F, starts, bases,
     T, c_lo, c_hi, n_all, scale, HV, K, V,
     N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, VARLEN: tl.constexpr, SAVE: tl.constexpr,
-    TERMS: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
+    TERMS: tl.constexpr, TWO: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk from chunk c_lo to c_hi - 1 of one sequence and head, for BV columns of the state; final may be initial."""
     e = tl.program_id(0) * BV + tl.arange(0, BV)
@@ -218,7 +228,6 @@ def walk_keys(
     d = tl.arange(0, BK)
     in_v = (e < V)[:, None]
     inside = in_v & (d < K)[None, :]
-    two: tl.constexpr = TERMS == 2 and not EXACT
     token, _ = span(s, 0, starts, T, C, VARLEN)
     if VARLEN:
         length = tl.load(starts + s + 1) - tl.load(starts + s)
@@ -239,31 +248,18 @@ def walk_keys(
         first = token + c * C
         alive = i < tl.minimum(length - c * C, C) * N
         vp = (first * N * HV + h) * V + ((i * (HV * V))[None, :] + e[:, None])
-        rows = Rows + slot * ((5 if two else 3) * 64 * BK) + rp
-        squares = Squares + slot * ((3 if two else 2) * 4096) + xp
-        vt = tl.load(v + vp, mask=alive[None, :] & in_v, other=0.0)
-        in_hi = tl.load(rows)
-        out_hi = tl.load(rows + 64 * BK)
-        query = tl.load(rows + 2 * 64 * BK)
-        x_hi = tl.load(squares)
-        P = tl.load(squares + 4096)
-        if two:
-            in_lo = tl.load(rows + 3 * 64 * BK)
-            out_lo = tl.load(rows + 4 * 64 * BK)
-            x_lo = tl.load(squares + 2 * 4096)
-        else:
-            in_lo = in_hi
-            out_lo = out_hi
-            x_lo = x_hi
+        rows = Rows + slot * ((5 if TWO else 3) * 64 * BK) + rp
+        squares = Squares + slot * ((3 if TWO else 2) * 4096) + xp
         w = tl.load(scales + slot * 256 + i)
         n = tl.load(scales + slot * 256 + 64 + i)
-        decay = tl.load(total + slot * BK + d)
-
         s_hi, s_lo = split(ST, EXACT)
         if SAVE:
             tl.store(saved + ((kept + c) * HV + h) * K * V + (e[:, None] * K + d[None, :]), s_hi, mask=inside)
-        RT = vt.to(tl.float32) * n[None, :] - dot_both(s_hi, s_lo, tl.trans(in_hi), tl.trans(in_lo), TERMS, EXACT)
+        in_hi, in_lo = terms_of(rows, 3 * 64 * BK, TWO)
+        RT = dot_both(s_hi, s_lo, tl.trans(in_hi), tl.trans(in_lo), TERMS, EXACT)
+        RT = tl.load(v + vp, mask=alive[None, :] & in_v, other=0.0).to(tl.float32) * n[None, :] - RT
         r_hi, r_lo = split(RT, EXACT)
+        x_hi, x_lo = terms_of(squares, 2 * 4096, TWO)
         UT = dot_both(r_hi, r_lo, tl.trans(x_hi), tl.trans(x_lo), TERMS, EXACT)
         if SAVE:
             tl.store(F + vp, UT.to(F.dtype.element_ty), mask=alive[None, :] & in_v)
@@ -272,12 +268,14 @@ def walk_keys(
         else:
             UT *= w[None, :]
         u_hi, u_lo = split(UT, EXACT)
-        OT = dot_add(u_hi, tl.trans(P), dot(s_hi, tl.trans(query), EXACT), EXACT)
+        OT = dot(s_hi, tl.trans(tl.load(rows + 2 * 64 * BK)), EXACT)
+        OT = dot_add(u_hi, tl.trans(tl.load(squares + 4096)), OT, EXACT)
         op = (first * HV + h) * V + ((i // N * (HV * V))[None, :] + e[:, None])
         asks = alive & (i % N == N - 1)
         tl.store(o + op, (OT * scale).to(o.dtype.element_ty), mask=asks[None, :] & in_v)
-        ST = dot_add(u_hi, out_hi, ST * decay[None, :], EXACT)
-        if two:
+        out_hi, out_lo = terms_of(rows + 64 * BK, 3 * 64 * BK, TWO)
+        ST = dot_add(u_hi, out_hi, ST * tl.load(total + slot * BK + d)[None, :], EXACT)
+        if TWO:
             ST = tl.dot(u_lo, out_hi, ST)
             ST = tl.dot(u_hi, out_lo, ST)
     tl.store(final + tile, ST, mask=inside)
