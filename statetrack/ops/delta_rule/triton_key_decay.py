@@ -118,7 +118,7 @@ class _Plan:
 
 
 def walk_columns(BK: int, exact: bool) -> int:
-    """Return how many value columns of the state one program walks with: so few that two bf16 programs share a core."""
+    """Return how many value columns of the state one program walks with: two bf16 programs fit a multiprocessor."""
     if BK == 256:
         return 16 if exact else 32
     return 64
