@@ -1,6 +1,6 @@
 """The delta rule on one GPU: ours beside fla-core's and FlashQLA's kernels, interleaved in one run.
 
-    python benchmarks/delta_rule_gpu.py [--out FILE.md] [--only N1 T32k N2 N4 tracking decode] [--long] [--no-peers]
+    python benchmarks/delta_rule_gpu.py [--out FILE.md] [--only N1 T32k N2 N4 key tracking] [--long] [--no-peers]
 
 Needs a CUDA device and Triton; a peer that is not installed is left out (fla-core 0.6.0, flash-qla 0.1.3). Times are
 medians of device events, the implementations taking turns; peak memory is above what is allocated before the call, the
@@ -27,22 +27,24 @@ SHAPES = {  # B, T, H, K = V, N
     "T32k": (1, 32768, 16, 128, 1),
     "N2": (8, 4096, 16, 128, 2),
     "N4": (8, 4096, 16, 128, 4),
+    "key": (8, 4096, 16, 128, 1),  # with a decay per key channel
 }
 
 
-def inputs(B, T, H, D, N, highest=2.0):
-    """Draw unit keys and queries, normal values, beta in [0, highest], on the GPU in bf16."""
+def inputs(B, T, H, D, N, highest=2.0, per_key=False):
+    """Draw unit keys and queries, normal values, beta in [0, highest], perhaps log decays, on the GPU in bf16."""
     draw = partial(torch.randn, device="cuda")
     q = F.normalize(draw(B, T, H, D), dim=-1).bfloat16()
     k = F.normalize(draw(B, T, N, H, D), dim=-1).bfloat16()
     v = draw(B, T, N, H, D).bfloat16()
     beta = torch.rand(B, T, N, H, device="cuda") * highest
-    return [x.requires_grad_() for x in (q, k, v, beta)]
+    log_decay = [F.logsigmoid(draw(B, T, H, D) + 2)] if per_key else []
+    return [x.requires_grad_() for x in (q, k, v, beta, *log_decay)]
 
 
 def ours(precision="tracking"):
-    def run(q, k, v, beta):
-        return delta_rule(q, k, v, beta, backend="triton", precision=precision)
+    def run(q, k, v, beta, log_decay=None):
+        return delta_rule(q, k, v, beta, log_decay, backend="triton", precision=precision)
 
     return run
 
@@ -51,12 +53,22 @@ def ours_fast():
     return ours("fast")
 
 
+def ours_without_decay():
+    """Take a decay per key channel of 1."""
+    run = ours()
+    return lambda q, k, v, beta: run(q, k, v, beta, beta.new_zeros(()).expand(*v.shape[:2], v.shape[3], q.shape[3]))
+
+
 def fla():
     from fla.ops.delta_rule import chunk_delta_rule
     from fla.ops.gated_delta_product import chunk_gated_delta_product
+    from fla.ops.kda import chunk_kda
 
-    def run(q, k, v, beta):
+    def run(q, k, v, beta, log_decay=None):
         N = k.shape[2]
+        if log_decay is not None:
+            k, v, beta = (x.squeeze(2) for x in (k, v, beta))
+            return chunk_kda(q, k, v, log_decay, beta, output_final_state=True)
         if N == 1:
             return chunk_delta_rule(q, k.flatten(1, 2), v.flatten(1, 2), beta.flatten(1, 2), output_final_state=True)
         flat = k.flatten(1, 2), v.flatten(1, 2)
@@ -71,9 +83,9 @@ def fla():
 def flash_qla():
     from flash_qla import chunk_gated_delta_rule
 
-    def run(q, k, v, beta):
-        if k.shape[2] > 1:
-            raise NotImplementedError("one factor per token")
+    def run(q, k, v, beta, log_decay=None):
+        if k.shape[2] > 1 or log_decay is not None:
+            raise NotImplementedError("one factor per token, one decay per head")
         gate = torch.zeros(*q.shape[:3], device=q.device)
         k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
         return chunk_gated_delta_rule(q=q, k=k, v=v, g=gate, beta=beta, output_final_state=True)
@@ -110,9 +122,9 @@ def device_ms(fn) -> float:
     return start.elapsed_time(end) / REPEATS
 
 
-def compare(shape, peers: bool) -> Rows:
+def compare(shape, peers: bool, per_key: bool = False) -> Rows:
     """Time every implementation on one shape, taking turns."""
-    x = inputs(*shape)
+    x = inputs(*shape, per_key=per_key)
     d_out = torch.randn(*x[0].shape, device="cuda").bfloat16()
     runs, rows = {}, {}
     for name, f in available(peers).items():
@@ -167,7 +179,7 @@ def tracking(lengths, peers: bool, dtype=torch.bfloat16, H=2, D=128) -> Rows:
     beta = torch.full((1, T, 1, H), 2.0, device="cuda")
     exact = _reflect(directions.double(), index, v[0, 0, 0].double(), lengths)
     rows = []
-    for name, f in available(peers).items():
+    for name, f in (available(peers) | {"statetrack, decay per key of 1": ours_without_decay()}).items():
         row = {"implementation": name, "dtype": str(dtype).removeprefix("torch.")}
         for n in lengths:
             try:
@@ -220,7 +232,8 @@ def main() -> None:
             text += "\n" + table("the same, float32 inputs", tracking(lengths[:2], args.peers, torch.float32))
         else:
             B, T, H, D, N = SHAPES[name]
-            text = table(f"B={B} T={T} H={H} K=V={D} N={N}, bf16", compare(SHAPES[name], args.peers))
+            title = f"B={B} T={T} H={H} K=V={D} N={N}, bf16" + (", decay per key channel" if name == "key" else "")
+            text = table(title, compare(SHAPES[name], args.peers, per_key=name == "key"))
         torch.cuda.empty_cache()
         print(text, flush=True)
         parts.append(text)

@@ -17,6 +17,7 @@ from triton.runtime import interpreter
 from statetrack.errors import UsageError
 from statetrack.ops import delta_rule
 from statetrack.ops.delta_rule import triton as kernels
+from statetrack.ops.delta_rule import triton_key_decay as key_kernels
 from statetrack.ops.delta_rule.triton import delta_rule_step_
 
 GPU = torch.cuda.is_available()
@@ -53,8 +54,13 @@ def draw(B=1, T=70, N=1, heads=(1, 1), K=16, V=16, dtype=F32, gate="", lengths=N
     q, k, v = normal(B, T, Hk, K), normal(B, T, N, Hk, K), normal(B, T, N, H, V)
     if unit:
         q, k = normalize(q, dim=-1), normalize(k, dim=-1)
-    beta, log_decay = 2 * normal(B, T, N, H).sigmoid(), logsigmoid(normal(B, T, H) + 2)
-    if gate == "resets":
+    per_key = (K,) if gate.startswith("key") else ()
+    beta, log_decay = 2 * normal(B, T, N, H).sigmoid(), logsigmoid(normal(B, T, H, *per_key) + 2)
+    if gate.startswith("key strong"):
+        log_decay *= (3 * normal(B, T, H, K)).exp()
+    if gate.endswith("resets"):
+        if per_key:
+            log_decay[normal(B, T, H, K) > 1.2] = -torch.inf
         log_decay[:, ::5] = -torch.inf
         k[:, 1::7] = 0
         beta[:, 2::3] = 0
@@ -112,6 +118,20 @@ SMALL = {
     "packed": {"lengths": [70, 0, 1, 66], "T": 137, "gate": "decay"},
     "packed factors": {"lengths": [33, 7], "T": 40, "N": 2, "dtype": BF16},
     "one token": {"T": 1, "N": 2},
+    "key decay": {"gate": "key decay", "T": 140},
+    "key decay, bfloat16": {"gate": "key decay", "dtype": BF16, "K": 40},
+    "key decay, float16, 2 factors": {"gate": "key decay", "dtype": F16, "N": 2},
+    "key decay, 3 factors, shared heads": {"gate": "key decay", "N": 3, "T": 45, "heads": (2, 4), "K": 24, "V": 20},
+    "key decay, 8 factors": {"gate": "key resets", "N": 8, "T": 20, "B": 2},
+    "key decay, packed": {"gate": "key decay", "lengths": [70, 0, 1, 66], "T": 137},
+    "key decay, packed factors": {"gate": "key strong", "lengths": [33, 7], "T": 40, "N": 2, "dtype": BF16},
+    "key decay, one token": {"gate": "key decay", "T": 1, "N": 2},
+    "strong key decay": {"gate": "key strong", "K": 32},
+    "strong key decay, bfloat16": {"gate": "key strong", "dtype": BF16, "K": 32},
+    "key resets": {"gate": "key strong resets"},
+    "key resets, bfloat16": {"gate": "key strong resets", "dtype": BF16},
+    "wide float32 keys": {"K": 130, "heads": (1, 2)},
+    "wide float32 keys, gate": {"K": 130, "gate": "resets", "N": 2, "T": 34},
     "keys of any length": {"unit": False, "T": 40},
 }
 
@@ -121,10 +141,27 @@ def test_small(name):
     check(draw(**SMALL[name]))
 
 
+def test_a_key_decay_scaled_out_of_range_is_seen(monkeypatch):
+    """Scale rows whose decays do not allow it, which overflows: the comparison must fail."""
+    monkeypatch.setattr(key_kernels, "LIMIT", {True: 1e9, False: 1e9})
+    with pytest.raises(AssertionError):
+        check(draw(**SMALL["key resets"]))
+
+
+@pytest.mark.parametrize("channels", [(), (16,)])
+def test_ranges_equal_one_walk(channels, monkeypatch):
+    """With a decay per key channel the chunks are taken range by range; also a decay that all channels share."""
+    monkeypatch.setattr(key_kernels, "MIN_RANGE", 1)
+    x = draw(B=2, T=300, dtype=BF16)
+    decay = logsigmoid(torch.randn(2, 300, 1, *channels, generator=torch.Generator().manual_seed(2)) + 2)
+    x["log_decay"] = decay.to(DEVICE).view(2, 300, 1, -1).expand(2, 300, 1, 16)
+    check(x)
+
+
 @gpu_only
 @pytest.mark.parametrize("dtype", [BF16, F32, F16], ids=str)
 @pytest.mark.parametrize("K, V", [(16, 16), (32, 64), (64, 64), (64, 128), (100, 70), (128, 64), (128, 128)])
-@pytest.mark.parametrize("gate", ["", "decay"])
+@pytest.mark.parametrize("gate", ["", "decay", "key decay", "key strong resets"])
 def test_every_width(K, V, dtype, gate):
     check(draw(B=2, T=192, heads=(2, 2), K=K, V=V, dtype=dtype, gate=gate))
     check(draw(B=1, T=150, heads=(1, 2), K=K, V=V, dtype=dtype, gate=gate, lengths=[100, 0, 50]))
@@ -132,14 +169,15 @@ def test_every_width(K, V, dtype, gate):
 
 @gpu_only
 @pytest.mark.parametrize("K, V", [(128, 256), (256, 128), (256, 256)])
-@pytest.mark.parametrize("gate", ["", "decay"])
-def test_wide(K, V, gate):
-    check(draw(B=1, T=128, heads=(2, 2), K=K, V=V, dtype=BF16, gate=gate))
+@pytest.mark.parametrize("dtype", [BF16, F32, F16], ids=str)
+@pytest.mark.parametrize("gate", ["", "decay", "key decay", "key strong resets"])
+def test_wide(K, V, dtype, gate):
+    check(draw(B=1, T=128, heads=(2, 2), K=K, V=V, dtype=dtype, gate=gate))
 
 
 @gpu_only
 @pytest.mark.parametrize("N", range(2, 9))
-@pytest.mark.parametrize("gate", ["", "decay"])
+@pytest.mark.parametrize("gate", ["", "decay", "key decay"])
 def test_every_number_of_factors(N, gate):
     check(draw(B=2, T=96, N=N, heads=(2, 2), K=128, V=128, dtype=BF16, gate=gate))
     check(draw(B=1, T=50, N=N, heads=(1, 2), K=64, V=64, dtype=BF16, gate=gate))
@@ -159,7 +197,7 @@ def test_segments_are_chosen_only_where_the_gpu_would_idle():
     assert kernels.segments(16, 2048, 64) == 1
 
 
-@pytest.mark.parametrize("B, gate", [(1, ""), (3, "decay")])
+@pytest.mark.parametrize("B, gate", [(1, ""), (3, "decay"), (2, "key decay"), (2, "key strong resets")])
 def test_step(B, gate):
     x = draw(B=B, T=1, N=3, heads=(2, 4), K=24, V=40, gate=gate)
     exact = delta_rule(**{n: t.cpu().double() for n, t in x.items()}, scale=0.3, backend="reference")
@@ -181,13 +219,15 @@ def test_step_refuses_a_state_it_cannot_update_in_place():
         delta_rule_step_(x["q"], x["k"], x["v"], x["beta"], None, state, 0.3)
 
 
-def test_deterministic():
-    x = draw(T=100, gate="decay", dtype=BF16)
+@pytest.mark.parametrize("gate", ["decay", "key strong resets"])
+def test_deterministic(gate):
+    x = draw(T=100, gate=gate, dtype=BF16)
     first, second = with_grads(x, backend="triton"), with_grads(x, backend="triton")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_exact_with_integer_keys():
+@pytest.mark.parametrize("decay", [None, torch.zeros(1, 300, 1, 16)], ids=["none", "per key channel"])
+def test_exact_with_integer_keys(decay):
     """Swaps of 16 items written as e_i - e_j, beta = 2: the state is a permutation, bit for bit, at any length."""
     T, K = 300, 16
     g = torch.Generator().manual_seed(0)
@@ -201,7 +241,8 @@ def test_exact_with_integer_keys():
     zeros = torch.zeros(1, T, 1, 1, K)
     q, k, v = (t.to(DEVICE, BF16) for t in (torch.zeros(1, T, 1, K), k, zeros))
     beta, state = torch.full((1, T, 1, 1), 2.0, device=DEVICE), torch.eye(K, device=DEVICE)[None, None]
-    _, final = delta_rule(q, k, v, beta, initial_state=state, backend="triton")
+    decay = None if decay is None else decay.to(DEVICE)
+    _, final = delta_rule(q, k, v, beta, decay, initial_state=state, backend="triton")
     assert torch.equal(final[0, 0].cpu(), expected)
 
 
@@ -234,9 +275,20 @@ def test_auto_is_triton_on_a_gpu():
     assert all(torch.equal(a, b) for a, b in zip(delta_rule(**x), delta_rule(**x, backend="triton"), strict=True))
 
 
+@pytest.mark.parametrize("packed", [[], [33, 7]])
+def test_key_decay_is_registered_with_torch(packed):
+    """What torch.compile reasons with (shapes, types, gradients) is what the kernels do."""
+    x = draw(T=40, heads=(1, 2), N=2, dtype=BF16, gate="key decay", lengths=packed)
+    names = ("q", "k", "v", "beta", "log_decay", "initial_state")
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    args = *(x[name].requires_grad_() for name in names), 0.3, packed, 2, True
+    torch.library.opcheck(key_kernels._forward, args, test_utils=utils)
+
+
 @gpu_only
-def test_compile_graph_checkpoint():
-    x = draw(B=2, T=128, heads=(2, 2), K=64, V=64, dtype=BF16, gate="decay")
+@pytest.mark.parametrize("gate", ["decay", "key decay"])
+def test_compile_graph_checkpoint(gate):
+    x = draw(B=2, T=128, heads=(2, 2), K=64, V=64, dtype=BF16, gate=gate)
     plain = with_grads(x)
     again = with_grads(x, partial(checkpoint, delta_rule, use_reentrant=False))
     compiled = with_grads(x, torch.compile(delta_rule, fullgraph=True))

@@ -15,6 +15,8 @@ section 4 (2502.10297); Yang et al., Gated Delta Networks (2412.06464).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -92,17 +94,16 @@ def delta_rule(
         o, state = delta_rule_reference(*cast, log_decay, scale, initial_state, lengths)
         return o.to(v.dtype), state
     if backend == "triton" or (backend == "auto" and q.is_cuda):
-        reason = _not_for_triton(q, k, v, log_decay)
+        reason = _not_for_triton(q, k, v)
         if reason is None:
-            from statetrack.ops.delta_rule.triton import delta_rule_triton
-
-            return delta_rule_triton(q, k, v, beta, log_decay, scale, initial_state, lengths, precision)
+            run = _triton_kernels(q, v, log_decay)
+            return run(q, k, v, beta, log_decay, scale, initial_state, lengths, precision)
         if backend == "triton":
             raise UsageError(f'backend="triton" {reason}; use backend="chunk"')
     return delta_rule_chunk(q, k, v, beta, log_decay, scale, initial_state, lengths)
 
 
-def _not_for_triton(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> str | None:
+def _not_for_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Return why the Triton kernels cannot run on these inputs, or None if they can."""
     if not TRITON_INSTALLED:
         return "needs Triton, which is not installed (pip install 'statetrack[gpu]')"
@@ -110,16 +111,25 @@ def _not_for_triton(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -
         return f"needs tensors on a CUDA device, got {q.device}"
     if v.dtype == torch.float64:
         return "does not take float64"
-    widest = 256 if v.dtype == torch.bfloat16 else 128
-    if q.shape[-1] > widest or v.shape[-1] > 256:
-        return f"takes K up to {widest} and V up to 256 in {v.dtype}, got K = {q.shape[-1]}, V = {v.shape[-1]}"
+    if q.shape[-1] > 256 or v.shape[-1] > 256:
+        return f"takes K and V up to 256, got K = {q.shape[-1]}, V = {v.shape[-1]}"
     if k.shape[2] > 8:
         return f"takes up to 8 factors per token, got {k.shape[2]}"
-    if log_decay is not None and log_decay.ndim == 4:
-        return "does not take a decay per key channel"
     if v.numel() >= 2**34 or q.shape[1] >= 2**31:
         return f"takes fewer than 2^34 values and 2^31 tokens, got {v.numel()} and {q.shape[1]}"
     return None
+
+
+def _triton_kernels(q: Tensor, v: Tensor, log_decay: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the kernels that take these inputs: those for a decay per key channel also take wide float32 keys."""
+    wide = q.shape[-1] > 128 and v.dtype != torch.bfloat16
+    if wide or (log_decay is not None and log_decay.ndim == 4):
+        from statetrack.ops.delta_rule.triton_key_decay import delta_rule_triton_key_decay
+
+        return delta_rule_triton_key_decay
+    from statetrack.ops.delta_rule.triton import delta_rule_triton
+
+    return delta_rule_triton
 
 
 def _check_shapes(q, k, v, beta, log_decay, initial_state, cu_seqlens) -> list[int]:

@@ -370,6 +370,7 @@ def _launch_step(q, k, v, beta, log_decay, state, scale, final) -> Tensor:
     BK, BV = max(16, triton.next_power_of_2(K)), 16 if B * HV * V < 32 * 2 * FULL_GPU else 32
     step[(triton.cdiv(V, BV), B * HV)](
         q, k, v, beta, log_decay, state, o, final, scale, HK, HV, K, V,
-        N=N, BK=BK, BV=BV, GATE=log_decay is not None, num_warps=4,
+        N=N, BK=BK, BV=BV, GATE=log_decay is not None, PER_KEY=log_decay is not None and log_decay.ndim == 4,
+        num_warps=4,
     )  # fmt: skip
     return o

@@ -17,7 +17,7 @@ from statetrack.ops.delta_rule.triton_forward import power
 @triton.jit
 def step(
     q, k, v, beta, log_decay, state, o, final, scale, HK, HV, K, V,
-    N: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr,
+    N: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, PER_KEY: tl.constexpr,
 ):  # fmt: skip
     """Advance BV columns of one sequence's and head's state by one token; final may be state."""
     iv = tl.program_id(0)
@@ -32,7 +32,9 @@ def step(
     tile = bh.to(tl.int64) * K * V + d[:, None] * V + e[None, :]
     inside = in_k[:, None] & in_v[None, :]
     S = tl.load(state + tile, mask=inside, other=0.0)
-    if GATE:
+    if PER_KEY:
+        S *= tl.exp(tl.load(log_decay + bh * K + d, mask=in_k, other=0.0).to(tl.float32))[:, None]
+    elif GATE:
         S *= tl.exp(tl.load(log_decay + bh).to(tl.float32))
     for j in tl.static_range(N):
         kj = tl.load(k + ((b * N + j) * HK + hk) * K + d, mask=in_k, other=0.0).to(tl.float32)
