@@ -25,6 +25,8 @@ bf16_products = delta.bf16_products
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 both_decays = pytest.mark.parametrize("decay", ["head", "key"])
 run = partial(gated_linear_attention, backend="triton")
+with_grads = partial(delta.with_grads, f=gated_linear_attention)
+check = partial(delta.check, f=gated_linear_attention, bf16_state=2**-16)  # a write's two bf16 terms
 
 
 def draw(B=1, T=70, heads=(1, 1), K=16, V=16, dtype=F32, decay="head", hard=False, lengths=None) -> dict[str, Any]:
@@ -37,25 +39,6 @@ def draw(B=1, T=70, heads=(1, 1), K=16, V=16, dtype=F32, decay="head", hard=Fals
     if lengths:
         x["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(DEVICE)
     return x
-
-
-def with_grads(x: dict[str, Any], **options) -> dict[str, Any]:
-    return delta.with_grads(x, gated_linear_attention, **options)
-
-
-def check(x: dict[str, Any]) -> None:
-    """Compare output, state and all gradients with the float64 reference, by the contract's bound."""
-    got = with_grads(x, backend="triton")
-    exact, single = (
-        with_grads({n: t.cpu().to(d) if t.is_floating_point() else t.cpu() for n, t in x.items()}, backend="reference")
-        for d in (torch.float64, F32)
-    )
-    for name, value in got.items():
-        own = torch.finfo(value.dtype if name == "state" else x["v"].dtype).eps
-        bound = 4 * own + 4 * (error(single[name], exact[name]) + 4 * torch.finfo(F32).eps)
-        if name == "state":
-            bound = max(bound, 2**-16 if x["v"].dtype == BF16 else 0.0)  # a write's two bf16 terms
-        assert error(value, exact[name]) <= bound, f"{name}: {error(value, exact[name]):.1e} > {bound:.1e}"
 
 
 SMALL = {
@@ -252,8 +235,8 @@ def test_auto_is_triton_on_a_gpu(decay):
 def test_compile_graph_checkpoint(decay):
     x = draw(B=2, T=128, heads=(1, 4), K=64, V=64, dtype=BF16, decay=decay)
     plain = with_grads(x)
-    again = delta.with_grads(x, partial(checkpoint, gated_linear_attention, use_reentrant=False))
-    compiled = delta.with_grads(x, torch.compile(gated_linear_attention, fullgraph=True))
+    again = with_grads(x, f=partial(checkpoint, gated_linear_attention, use_reentrant=False))
+    compiled = with_grads(x, f=torch.compile(gated_linear_attention, fullgraph=True))
     for other in (again, compiled):
         assert all(torch.equal(plain[name], other[name]) for name in plain)
     graph = torch.cuda.CUDAGraph()

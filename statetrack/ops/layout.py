@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -144,3 +145,16 @@ class Chunks:
                 batch=len(self.lengths),
             )
             step += n
+
+
+@lru_cache(maxsize=16)
+def chunk_tables(lengths: tuple[int, ...], C: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the packed sequences' offsets, their (sequence, chunk) pairs, and each one's first pair."""
+    starts, pairs, bases = [0], [], []
+    for s, length in enumerate(lengths):
+        starts.append(starts[-1] + length)
+        bases.append(len(pairs))
+        pairs += [(s, c) for c in range(-(-length // C))]
+    pairs = torch.tensor(pairs, dtype=torch.int32).view(-1, 2)
+    offsets, bases = (torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, bases))
+    return offsets, pairs.to(device), bases

@@ -17,8 +17,6 @@ Letters: B batch, T tokens, S sequences, C tokens per chunk, N factors per token
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 from torch import Tensor
@@ -27,6 +25,7 @@ from statetrack.errors import UsageError
 from statetrack.ops.delta_rule.triton_backward import gather, walk_back
 from statetrack.ops.delta_rule.triton_decode import step
 from statetrack.ops.delta_rule.triton_forward import ROWS, prepare, walk
+from statetrack.ops.layout import chunk_tables
 
 BACKWARD_RANGES = 4  # the backward's workspace is about this fraction of one for the whole sequence
 MIN_RANGE = 8  # chunks
@@ -70,7 +69,7 @@ class _Plan:
         self.varlen, self.segments = len(packed) > 0, 1
         if self.varlen:
             self.S, self.most = len(packed), -(-max(packed) // self.C)
-            self.starts, self.slots, self.bases = _tables(tuple(packed), self.C, q.device)
+            self.starts, self.slots, self.bases = chunk_tables(tuple(packed), self.C, q.device)
             self.chunks = self.slots.shape[0]
         else:
             self.segments = segments(self.B * self.HV, self.T, self.C)
@@ -141,19 +140,6 @@ def walk_schedule(BK: int, BV: int, exact: bool) -> dict[str, int]:
     if exact:
         return {"num_warps": 8 if BK > 64 else 4, "STAGES": 1}
     return {"num_warps": 8 if BK == 256 or BV == 128 else 4, "STAGES": 1 if BK == 256 else 2}
-
-
-@lru_cache(maxsize=16)
-def _tables(lengths: tuple[int, ...], C: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the packed sequences' offsets, their (sequence, chunk) pairs, and each one's first pair."""
-    starts, pairs, bases = [0], [], []
-    for s, length in enumerate(lengths):
-        starts.append(starts[-1] + length)
-        bases.append(len(pairs))
-        pairs += [(s, c) for c in range(-(-length // C))]
-    pairs = torch.tensor(pairs, dtype=torch.int32).view(-1, 2)
-    offsets, bases = (torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, bases))
-    return offsets, pairs.to(device), bases
 
 
 @torch.library.custom_op("statetrack::delta_rule_forward", mutates_args=())

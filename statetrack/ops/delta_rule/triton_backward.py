@@ -21,16 +21,8 @@ reads everything. Letters as in triton_forward.py.
 import triton
 import triton.language as tl
 
-from statetrack.ops.delta_rule.triton_forward import (
-    decay_between,
-    dot,
-    dot_add,
-    dot_both,
-    dot_split,
-    operand,
-    span,
-    split,
-)
+from statetrack.ops.delta_rule.triton_forward import decay_between
+from statetrack.ops.triton_common import chunk_of, dot, dot_add, dot_both, dot_split, operand, span, split, stretch
 
 
 @triton.jit
@@ -58,14 +50,7 @@ def walk_back(
     in_v = e < V
     see = i[None, :] // N <= iq[:, None]  # [BQ M]
     token, _ = span(s, 0, starts, T, C, VARLEN)
-    if VARLEN:
-        total = tl.load(starts + s + 1) - tl.load(starts + s)
-        base = tl.load(bases + s).to(tl.int64)
-        last = tl.cdiv(total, C)
-    else:
-        total = T
-        base = s.to(tl.int64) * (c_hi - c_lo) - c_lo
-        last = c_hi
+    total, base, last = stretch(s, starts, bases, T, c_lo, c_hi, C, VARLEN)
     tile = (sh.to(tl.int64) * K + d[None, :]) * V + e[:, None]
     # every adjoint is held divided by `scale`, so that dO enters the products as stored
     DT = tl.load(d_final + tile, mask=in_v[:, None] & in_k[None, :], other=0.0) / scale
@@ -148,13 +133,9 @@ def gather(
     """Write the gradients of one chunk's inputs; dv replaces Z."""
     here = tl.program_id(0) // HV
     h = tl.program_id(0) % HV
-    if VARLEN:
-        s = tl.load(slots + 2 * here)
-        c = tl.load(slots + 2 * here + 1)
-        there = here
-    else:
-        s = here // n_chunks
-        c = c_lo + here % n_chunks
+    s, c = chunk_of(here, slots, c_lo, n_chunks, VARLEN)
+    there = here
+    if not VARLEN:
         there = s * n_all + c
     token, tokens = span(s, c, starts, T, C, VARLEN)
     hk = h // (HV // HK)

@@ -23,85 +23,10 @@ does not divide 64), H value heads, K key dim, V value dim. A `slot` numbers the
 import triton
 import triton.language as tl
 
+from statetrack.ops.triton_common import chunk_of, dot, dot_add, dot_both, dot_split, operand, span, split, stretch
+
 ROWS = 64  # M
 CUT = tl.constexpr(-1048576.0)  # stands for a log_decay of -inf: exp of it is 0, and float64 sums of it stay exact
-
-
-@triton.jit
-def split(x, EXACT: tl.constexpr):
-    """Return x as two bf16 terms, or twice itself where the products take float32."""
-    if EXACT:
-        hi = x
-        lo = x
-    else:
-        near = ((x.to(tl.int32, bitcast=True) + 0x8000) & -65536).to(tl.float32, bitcast=True)  # packs two at a time
-        hi = near.to(tl.bfloat16)
-        lo = (x - near).to(tl.bfloat16)
-    return hi, lo
-
-
-@triton.jit
-def dot(a, b, EXACT: tl.constexpr):
-    """Return a b for operands of one term."""
-    if EXACT:
-        out = tl.dot(a, b, input_precision="tf32x3")
-    else:
-        out = tl.dot(a, b)
-    return out
-
-
-@triton.jit
-def dot_add(a, b, acc, EXACT: tl.constexpr):
-    """Return acc + a b for operands of one term."""
-    if EXACT:
-        out = tl.dot(a, b, acc, input_precision="tf32x3")
-    else:
-        out = tl.dot(a, b, acc)
-    return out
-
-
-@triton.jit
-def dot_split(hi, lo, b, TERMS: tl.constexpr, EXACT: tl.constexpr):
-    """Return (hi + lo) b. The low term goes first: the tensor cores truncate whenever they add to a large sum."""
-    if TERMS == 2 and not EXACT:
-        out = tl.dot(hi, b, tl.dot(lo, b))
-    else:
-        out = dot(hi, b, EXACT)
-    return out
-
-
-@triton.jit
-def dot_both(hi, lo, b_hi, b_lo, TERMS: tl.constexpr, EXACT: tl.constexpr):
-    """Return (hi + lo) (b_hi + b_lo), without the product of the low terms."""
-    if TERMS == 2 and not EXACT:
-        out = tl.dot(lo, b_hi)
-        out = tl.dot(hi, b_lo, out)
-        out = tl.dot(hi, b_hi, out)
-    else:
-        out = dot(hi, b_hi, EXACT)
-    return out
-
-
-@triton.jit
-def operand(x, EXACT: tl.constexpr):
-    """Return a stored tile in the type that the products take; exact."""
-    if EXACT:
-        out = x.to(tl.float32)
-    else:
-        out = x
-    return out
-
-
-@triton.jit
-def span(s, c, starts, T, C: tl.constexpr, VARLEN: tl.constexpr):
-    """Return chunk c of sequence s: its first token and its number of tokens."""
-    if VARLEN:
-        first = tl.load(starts + s).to(tl.int64)
-        total = tl.load(starts + s + 1) - first
-    else:
-        first = s.to(tl.int64) * T
-        total = tl.full((), T, tl.int64)
-    return first + c * C, tl.minimum(total - c * C, C).to(tl.int32)
 
 
 @triton.jit
@@ -165,12 +90,7 @@ def prepare(
     """Write one chunk's X (as two terms), w, n, p, the rest of w and the running log decay (as two terms)."""
     slot = tl.program_id(0) // HV  # heads vary fastest: their rows are neighbours in memory
     h = tl.program_id(0) % HV
-    if VARLEN:
-        s = tl.load(slots + 2 * slot)
-        c = tl.load(slots + 2 * slot + 1)
-    else:
-        s = slot // n_chunks
-        c = c_lo + slot % n_chunks
+    s, c = chunk_of(slot, slots, c_lo, n_chunks, VARLEN)
     token, tokens = span(s, c, starts, T, C, VARLEN)
     i = tl.arange(0, 64)
     d = tl.arange(0, BK)
@@ -236,13 +156,7 @@ def walk(
     in_v = e < V
     see = i[:, None] // N <= iq[None, :]  # [M BQ]
     token, _ = span(s, 0, starts, T, C, VARLEN)
-    if VARLEN:
-        total = tl.load(starts + s + 1) - tl.load(starts + s)
-        base = tl.load(bases + s).to(tl.int64)
-    else:
-        total = T
-        base = s.to(tl.int64) * tl.cdiv(T, C)
-    chunks = tl.cdiv(total, C)
+    total, base, chunks = stretch(s, starts, bases, T, 0, tl.cdiv(T, C), C, VARLEN)
     tile = (sh.to(tl.int64) * K + d[None, :]) * V + e[:, None]  # [BV BK] of a [K V] state
     ST = tl.load(initial + tile, mask=in_v[:, None] & in_k[None, :], other=0.0)
     k += (token * N * HK + hk) * K

@@ -21,7 +21,6 @@ Letters as in triton_key_forward.py.
 import triton
 import triton.language as tl
 
-from statetrack.ops.delta_rule.triton_forward import dot, dot_add, dot_both, operand, span, split
 from statetrack.ops.delta_rule.triton_key_forward import (
     blocks,
     last_row,
@@ -33,6 +32,7 @@ from statetrack.ops.delta_rule.triton_key_forward import (
     running,
     terms_of,
 )
+from statetrack.ops.triton_common import chunk_of, dot, dot_add, dot_both, operand, span, split, stretch
 
 
 @triton.jit
@@ -52,14 +52,7 @@ def walk_back_keys(
     in_v = (e < V)[:, None]
     inside = in_v & (d < K)[None, :]
     token, _ = span(s, 0, starts, T, C, VARLEN)
-    if VARLEN:
-        length = tl.load(starts + s + 1) - tl.load(starts + s)
-        base = tl.load(bases + s).to(tl.int64)
-        stop = tl.cdiv(length, C)
-    else:
-        length = T
-        base = s.to(tl.int64) * (c_hi - c_lo) - c_lo
-        stop = c_hi
+    length, base, stop = stretch(s, starts, bases, T, c_lo, c_hi, C, VARLEN)
     tile = (sh.to(tl.int64) * K + d[None, :]) * V + e[:, None]
     rp = i[:, None] * BK + d[None, :]
     xp = i[:, None] * 64 + i[None, :]
@@ -109,13 +102,9 @@ def gather_keys(
     """Write the gradients of one chunk's inputs; dv replaces Z."""
     here = tl.program_id(0) // HV
     h = tl.program_id(0) % HV
-    if VARLEN:
-        s = tl.load(slots + 2 * here)
-        c = tl.load(slots + 2 * here + 1)
-        there = here
-    else:
-        s = here // n_chunks
-        c = c_lo + here % n_chunks
+    s, c = chunk_of(here, slots, c_lo, n_chunks, VARLEN)
+    there = here
+    if not VARLEN:
         there = s * n_all + c
     token, tokens = span(s, c, starts, T, C, VARLEN)
     hk = h // (HV // HK)

@@ -18,10 +18,11 @@ import torch
 import triton
 from torch import Tensor
 
-from statetrack.ops.delta_rule.triton import _step, _tables
+from statetrack.ops.delta_rule.triton import _save_for_backward, _step
 from statetrack.ops.delta_rule.triton_forward import ROWS
 from statetrack.ops.delta_rule.triton_key_backward import gather_keys, walk_back_keys
 from statetrack.ops.delta_rule.triton_key_forward import prepare_keys, walk_keys
+from statetrack.ops.layout import chunk_tables
 
 RANGES = 8  # a workspace is about this fraction of one for the whole sequence
 MIN_RANGE = 8  # chunks
@@ -69,7 +70,7 @@ class _Plan:
         self.varlen = len(packed) > 0
         if self.varlen:
             self.S, self.most = len(packed), -(-max(packed) // self.C)
-            self.starts, self.slots, self.bases = _tables(tuple(packed), self.C, q.device)
+            self.starts, self.slots, self.bases = chunk_tables(tuple(packed), self.C, q.device)
             self.chunks = self.slots.shape[0]
         else:
             self.S, self.most = self.B, -(-self.T // self.C)
@@ -226,14 +227,6 @@ def _backward(
 def _(*args):
     grads = *args[:5], args[8].float()
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in grads)
-
-
-def _save_for_backward(ctx, inputs, output):
-    q, k, v, beta, log_decay, initial_state, ctx.scale, ctx.packed, ctx.terms, _ = inputs
-    ctx.state_dtype, ctx.state_shape = initial_state.dtype, initial_state.shape
-    ctx.save_for_backward(q, k, v, beta, log_decay, *output[2:])
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)  # else zeros as large as what was saved
 
 
 def _run_backward(ctx, d_out, d_final, *_):

@@ -26,16 +26,8 @@ a workspace. In a workspace `Rows` [slots H 3|5 64 BK] holds in, out, query and 
 import triton
 import triton.language as tl
 
-from statetrack.ops.delta_rule.triton_forward import (
-    CUT,
-    _unit_lower_inverse,
-    dot,
-    dot_add,
-    dot_both,
-    power,
-    span,
-    split,
-)
+from statetrack.ops.delta_rule.triton_forward import CUT, _unit_lower_inverse, power
+from statetrack.ops.triton_common import chunk_of, dot, dot_add, dot_both, span, split, stretch
 
 
 @triton.jit
@@ -130,12 +122,7 @@ def prepare_keys(
     """Write one chunk's Rows, Squares and total, and its w, n, p and the rest of w."""
     slot = tl.program_id(0) // HV  # heads vary fastest: their rows are neighbours in memory
     h = tl.program_id(0) % HV
-    if VARLEN:
-        s = tl.load(slots + 2 * slot)
-        c = tl.load(slots + 2 * slot + 1)
-    else:
-        s = slot // n_chunks
-        c = c_lo + slot % n_chunks
+    s, c = chunk_of(slot, slots, c_lo, n_chunks, VARLEN)
     token, tokens = span(s, c, starts, T, C, VARLEN)
     hk = h // (HV // HK)
     i = tl.arange(0, 64)
@@ -229,16 +216,10 @@ def walk_keys(
     in_v = (e < V)[:, None]
     inside = in_v & (d < K)[None, :]
     token, _ = span(s, 0, starts, T, C, VARLEN)
-    if VARLEN:
-        length = tl.load(starts + s + 1) - tl.load(starts + s)
-        base = tl.load(bases + s).to(tl.int64)
-        kept = base
-        stop = tl.cdiv(length, C)
-    else:
-        length = T
-        base = s.to(tl.int64) * (c_hi - c_lo) - c_lo
+    length, base, stop = stretch(s, starts, bases, T, c_lo, c_hi, C, VARLEN)
+    kept = base
+    if not VARLEN:
         kept = s.to(tl.int64) * n_all
-        stop = c_hi
     tile = (sh.to(tl.int64) * K + d[None, :]) * V + e[:, None]
     ST = tl.load(initial + tile, mask=inside, other=0.0)
     rp = i[:, None] * BK + d[None, :]

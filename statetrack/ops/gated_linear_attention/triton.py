@@ -17,8 +17,6 @@ Letters: B batch, T tokens, S sequences, C tokens per chunk, H value heads, K ke
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 from torch import Tensor
@@ -27,6 +25,7 @@ from statetrack.errors import UsageError
 from statetrack.ops.gated_linear_attention.triton_head import decay_head, gather_head, prepare_head
 from statetrack.ops.gated_linear_attention.triton_key import gather_key, prepare_key
 from statetrack.ops.gated_linear_attention.triton_walk import FACTORS, step, walk, walk_back
+from statetrack.ops.layout import chunk_tables
 
 CHUNK = 64
 RANGE_BYTES = 2**27  # of the states at the starts of a range's chunks
@@ -69,7 +68,7 @@ class _Plan:
         BV = value_columns(self.V, BK, exact)
         if self.varlen:
             self.S, self.most = len(packed), -(-max(packed) // CHUNK)
-            self.starts, self.slots, self.bases = _tables(tuple(packed), q.device)
+            self.starts, self.slots, self.bases = chunk_tables(tuple(packed), CHUNK, q.device)
         else:
             self.segments = segments(self.B * self.HV * triton.cdiv(self.V, BV), self.T)
             self.S, self.T = self.B * self.segments, self.T // self.segments
@@ -153,19 +152,6 @@ def segments(programs: int, T: int) -> int:
     while programs * count < FULL_GPU and T % (2 * count * CHUNK) == 0 and T // (2 * count * CHUNK) >= MIN_SEGMENT:
         count *= 2
     return count
-
-
-@lru_cache(maxsize=16)
-def _tables(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the packed sequences' offsets, their (sequence, chunk) pairs, and each one's first pair."""
-    starts, pairs, bases = [0], [], []
-    for s, length in enumerate(lengths):
-        starts.append(starts[-1] + length)
-        bases.append(len(pairs))
-        pairs += [(s, c) for c in range(-(-length // CHUNK))]
-    pairs = torch.tensor(pairs, dtype=torch.int32).view(-1, 2)
-    offsets, bases = (torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, bases))
-    return offsets, pairs.to(device), bases
 
 
 @torch.library.custom_op("statetrack::gated_linear_attention_forward", mutates_args=())

@@ -21,7 +21,6 @@ per program.
 import triton
 import triton.language as tl
 
-from statetrack.ops.delta_rule.triton_forward import dot, dot_add, operand, span
 from statetrack.ops.gated_linear_attention.triton_walk import (
     END,
     FACTORS,
@@ -29,12 +28,12 @@ from statetrack.ops.gated_linear_attention.triton_walk import (
     LOW,
     SIGN,
     START,
-    chunk_of,
     decays,
     factor,
     fetch,
     signed_power,
 )
+from statetrack.ops.triton_common import chunk_of, dot, dot_add, operand, span
 
 CUT = tl.constexpr(-4096.0)  # stands for log2(0): 2 to it is 0, and float64 sums of it and others stay exact
 

@@ -29,8 +29,7 @@ Letters as in triton_walk.py; h tokens in a half.
 import triton
 import triton.language as tl
 
-from statetrack.ops.delta_rule.triton_forward import dot, dot_add, operand, span, split
-from statetrack.ops.gated_linear_attention.triton_walk import chunk_of
+from statetrack.ops.triton_common import chunk_of, dot, dot_add, operand, span, split
 
 LEVELS = tl.constexpr(6)  # of chunks of 64
 

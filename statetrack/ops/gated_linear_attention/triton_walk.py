@@ -27,7 +27,7 @@ Letters: B batch, T tokens, S sequences, C tokens per chunk, H value heads, K ke
 import triton
 import triton.language as tl
 
-from statetrack.ops.delta_rule.triton_forward import dot, dot_add, dot_split, operand, span, split
+from statetrack.ops.triton_common import dot, dot_add, dot_split, operand, span, split, stretch
 
 FACTORS = tl.constexpr(5)  # vectors [C] that `prepare_head` leaves per chunk and head
 HIGH = tl.constexpr(0)  # of the running log2|decay|
@@ -84,18 +84,6 @@ def decays(G, slot, wanted, C: tl.constexpr):
 
 
 @triton.jit
-def chunk_of(slot, slots, c_lo, n_chunks, VARLEN: tl.constexpr):
-    """Return the sequence and the chunk that a workspace's slot is for."""
-    if VARLEN:
-        s = tl.load(slots + 2 * slot)
-        c = tl.load(slots + 2 * slot + 1)
-    else:
-        s = slot // n_chunks
-        c = c_lo + slot % n_chunks
-    return s, c
-
-
-@triton.jit
 def walk(
     q, k, k_lo, v, G, P, initial, o, final, states, starts, bases,
     T, c_lo, c_hi, scale, HK, HV, K, V,
@@ -122,14 +110,7 @@ def walk(
     turned = d[None, :] * V + e[:, None]  # of a [K V] state
     see = i[:, None] >= i[None, :]  # [i j]
     token, _ = span(s, 0, starts, T, C, VARLEN)
-    if VARLEN:
-        total = tl.load(starts + s + 1) - tl.load(starts + s)
-        base = tl.load(bases + s).to(tl.int64)
-        last = tl.cdiv(total, C)
-    else:
-        total = T
-        base = s.to(tl.int64) * (c_hi - c_lo) - c_lo
-        last = c_hi
+    total, base, last = stretch(s, starts, bases, T, c_lo, c_hi, C, VARLEN)
     S = tl.load(initial + sh.to(tl.int64) * K * V + turned, mask=inside, other=0.0)
     for c in tl.range(c_lo, last, num_stages=STAGES):
         slot = (base + c) * HV + h
@@ -195,14 +176,7 @@ def walk_back(
     turned = d[None, :] * V + e[:, None]
     see = i[:, None] >= i[None, :]  # [i j]
     token, _ = span(s, 0, starts, T, C, VARLEN)
-    if VARLEN:
-        total = tl.load(starts + s + 1) - tl.load(starts + s)
-        base = tl.load(bases + s).to(tl.int64)
-        last = tl.cdiv(total, C)
-    else:
-        total = T
-        base = s.to(tl.int64) * (c_hi - c_lo) - c_lo
-        last = c_hi
+    total, base, last = stretch(s, starts, bases, T, c_lo, c_hi, C, VARLEN)
     D = tl.load(d_final + sh.to(tl.int64) * K * V + turned, mask=inside, other=0.0)
     for back in tl.range(0, last - c_lo, num_stages=STAGES):
         c = last - 1 - back

@@ -1,0 +1,119 @@
+"""What the kernels of several ops share: products in one or two terms, and where sequences and chunks lie.
+
+Products take bf16 tiles, or float32 ones where EXACT (tf32x3). A float32 tile that must not be rounded to bf16 enters
+as two bf16 terms, hi + lo (docs/numerics.md).
+
+Letters: T tokens, C tokens per chunk. A `slot` numbers the (sequence, chunk) pairs of a workspace. VARLEN: sequences
+are packed, and `starts`, `slots` and `bases` are what `layout.chunk_tables` returns.
+"""
+
+# pyright: reportGeneralTypeIssues=false
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def split(x, EXACT: tl.constexpr):
+    """Return x as two bf16 terms, or twice itself where the products take float32."""
+    if EXACT:
+        hi = x
+        lo = x
+    else:
+        near = ((x.to(tl.int32, bitcast=True) + 0x8000) & -65536).to(tl.float32, bitcast=True)  # packs two at a time
+        hi = near.to(tl.bfloat16)
+        lo = (x - near).to(tl.bfloat16)
+    return hi, lo
+
+
+@triton.jit
+def dot(a, b, EXACT: tl.constexpr):
+    """Return a b for operands of one term."""
+    if EXACT:
+        out = tl.dot(a, b, input_precision="tf32x3")
+    else:
+        out = tl.dot(a, b)
+    return out
+
+
+@triton.jit
+def dot_add(a, b, acc, EXACT: tl.constexpr):
+    """Return acc + a b for operands of one term."""
+    if EXACT:
+        out = tl.dot(a, b, acc, input_precision="tf32x3")
+    else:
+        out = tl.dot(a, b, acc)
+    return out
+
+
+@triton.jit
+def dot_split(hi, lo, b, TERMS: tl.constexpr, EXACT: tl.constexpr):
+    """Return (hi + lo) b. The low term goes first: the tensor cores truncate whenever they add to a large sum."""
+    if TERMS == 2 and not EXACT:
+        out = tl.dot(hi, b, tl.dot(lo, b))
+    else:
+        out = dot(hi, b, EXACT)
+    return out
+
+
+@triton.jit
+def dot_both(hi, lo, b_hi, b_lo, TERMS: tl.constexpr, EXACT: tl.constexpr):
+    """Return (hi + lo) (b_hi + b_lo), without the product of the low terms."""
+    if TERMS == 2 and not EXACT:
+        out = tl.dot(lo, b_hi)
+        out = tl.dot(hi, b_lo, out)
+        out = tl.dot(hi, b_hi, out)
+    else:
+        out = dot(hi, b_hi, EXACT)
+    return out
+
+
+@triton.jit
+def operand(x, EXACT: tl.constexpr):
+    """Return a stored tile in the type that the products take; exact."""
+    if EXACT:
+        out = x.to(tl.float32)
+    else:
+        out = x
+    return out
+
+
+@triton.jit
+def span(s, c, starts, T, C: tl.constexpr, VARLEN: tl.constexpr):
+    """Return chunk c of sequence s: its first token and its number of tokens."""
+    if VARLEN:
+        first = tl.load(starts + s).to(tl.int64)
+        total = tl.load(starts + s + 1) - first
+    else:
+        first = s.to(tl.int64) * T
+        total = tl.full((), T, tl.int64)
+    return first + c * C, tl.minimum(total - c * C, C).to(tl.int32)
+
+
+@triton.jit
+def chunk_of(slot, slots, c_lo, n_chunks, VARLEN: tl.constexpr):
+    """Return the sequence and the chunk that a workspace's slot is for."""
+    if VARLEN:
+        s = tl.load(slots + 2 * slot)
+        c = tl.load(slots + 2 * slot + 1)
+    else:
+        s = slot // n_chunks
+        c = c_lo + slot % n_chunks
+    return s, c
+
+
+@triton.jit
+def stretch(s, starts, bases, T, c_lo, c_hi, C: tl.constexpr, VARLEN: tl.constexpr):
+    """Return what a walk over sequence s takes: its tokens, its chunk 0's slot, and the chunk before which to stop.
+
+    It walks the chunks [c_lo, c_hi), all of them if packed.
+    """
+    if VARLEN:
+        total = tl.load(starts + s + 1) - tl.load(starts + s)
+        base = tl.load(bases + s).to(tl.int64)
+        stop = tl.cdiv(total, C)
+    else:
+        total = tl.full((), T, tl.int32)
+        base = s.to(tl.int64) * (c_hi - c_lo) - c_lo
+        stop = tl.full((), c_hi, tl.int32)
+    return total, base, stop
