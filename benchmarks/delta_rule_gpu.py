@@ -10,18 +10,16 @@ previous gradients included; the first call's time is wall-clock, compilation in
 from __future__ import annotations
 
 import argparse
-import time
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
+from gpu_turns import Contender, report, take_turns
 from tables import Rows, table
 
 from statetrack.ops import delta_rule
 
-ROUNDS, REPEATS = 5, 4
 SHAPES = {  # B, T, H, K = V, N
     "N1": (8, 4096, 16, 128, 1),
     "T32k": (1, 32768, 16, 128, 1),
@@ -111,59 +109,11 @@ def available(peers: bool = True) -> dict:
     return found
 
 
-def device_ms(fn) -> float:
-    """Return the time of REPEATS calls on the device, divided by REPEATS."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(REPEATS):
-        fn()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / REPEATS
-
-
 def compare(shape, peers: bool, per_key: bool = False) -> Rows:
     """Time every implementation on one shape, taking turns."""
     x = inputs(*shape, per_key=per_key)
     d_out = torch.randn(*x[0].shape, device="cuda").bfloat16()
-    runs, rows = {}, {}
-    for name, f in available(peers).items():
-
-        def forward(f=f):
-            with torch.no_grad():
-                f(*x)
-
-        def both(f=f):
-            for t in x:
-                t.grad = None
-            f(*x)[0].backward(d_out)
-
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        try:
-            both()
-            torch.cuda.synchronize()
-        except Exception as error:  # a peer that lacks the shape is a row, not the end of the run
-            rows[name] = {"error": f"{type(error).__name__}: {error}"[:80]}
-            continue
-        first = time.perf_counter() - began
-        forward()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        both()
-        torch.cuda.synchronize()
-        peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-        rows[name] = {"first s": first, "peak MiB": peak}
-        runs[name] = forward, both
-    times = {name: ([], []) for name in runs}
-    for _ in range(ROUNDS):
-        for name, pair in runs.items():
-            for kept, fn in zip(times[name], pair, strict=True):
-                fn()
-                kept.append(device_ms(fn))
-    for name, (f, b) in times.items():
-        rows[name] |= {"forward ms": median(f), "forward+backward ms": median(b)}
-    return [{"implementation": name} | row for name, row in rows.items()]
+    return take_turns({name: Contender(partial(f, *x), x) for name, f in available(peers).items()}, d_out)
 
 
 def tracking(lengths, peers: bool, dtype=torch.bfloat16, H=2, D=128) -> Rows:
@@ -214,6 +164,17 @@ def _reflect(directions, index, v, lengths) -> dict:
     return out
 
 
+def measure(name: str, args: argparse.Namespace) -> str:
+    """Return the table, or the tables, of one of the names that --only takes."""
+    if name == "tracking":
+        lengths = [4096, 65536] + ([1048576] if args.long else [])
+        text = table("state error while tracking (beta = 2, 8 directions)", tracking(lengths, args.peers))
+        return text + "\n" + table("the same, float32 inputs", tracking(lengths[:2], args.peers, torch.float32))
+    B, T, H, D, N = SHAPES[name]
+    title = f"B={B} T={T} H={H} K=V={D} N={N}, bf16" + (", decay per key channel" if name == "key" else "")
+    return table(title, compare(SHAPES[name], args.peers, per_key=name == "key"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -222,23 +183,7 @@ def main() -> None:
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="ours only")
     args = parser.parse_args()
     torch.manual_seed(0)
-    head = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {__import__('triton').__version__}\n"
-    parts = [head]
-    print(head)
-    for name in args.only:
-        if name == "tracking":
-            lengths = [4096, 65536] + ([1048576] if args.long else [])
-            text = table("state error while tracking (beta = 2, 8 directions)", tracking(lengths, args.peers))
-            text += "\n" + table("the same, float32 inputs", tracking(lengths[:2], args.peers, torch.float32))
-        else:
-            B, T, H, D, N = SHAPES[name]
-            title = f"B={B} T={T} H={H} K=V={D} N={N}, bf16" + (", decay per key channel" if name == "key" else "")
-            text = table(title, compare(SHAPES[name], args.peers, per_key=name == "key"))
-        torch.cuda.empty_cache()
-        print(text, flush=True)
-        parts.append(text)
-        if args.out:
-            args.out.write_text("\n".join(parts))
+    report((measure(name, args) for name in args.only), args.out)
 
 
 if __name__ == "__main__":

@@ -17,16 +17,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 import types
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
-from delta_rule_gpu import ROUNDS, device_ms
-from tables import Rows, table
+from gpu_turns import Contender, report, take_turns
+from tables import table
 
 from statetrack.ops import gated_linear_attention
 from statetrack.ops.gated_linear_attention import triton as kernels
@@ -125,66 +123,22 @@ def worst_error(call, leaves: dict, d_out) -> float:
     return max(((a.float() - b).norm() / b.norm()).item() for a, b in pairs)
 
 
-def runs_of(shape, args) -> dict:
-    """Return (call, leaves, settings) of every implementation that is there."""
+def contenders(shape, args, d_out) -> dict[str, Contender]:
+    """Return every implementation that is there, on one shape."""
     x = inputs(*shape)
-    found: dict = {"statetrack": (*ours(x, False), ""), "statetrack signed": (*ours(x, True), "")}
-    for variant in args.variant:
-        found[f"statetrack {variant}"] = (*ours(x, True), variant)
+    found = {}
+    for name, signed, variant in (("", False, ""), (" signed", True, ""), *((f" {v}", True, v) for v in args.variant)):
+        call, leaves = ours(x, signed)
+        error = partial(worst_error, call, leaves, d_out)
+        found[f"statetrack{name}"] = Contender(call, list(leaves.values()), partial(settings, variant), error)
     peers = {"fla-core": partial(fla, x)} | ({"mamba-ssm": partial(mamba, x, args.mamba)} if args.mamba else {})
     for name, make in peers.items() if args.peers else ():
         try:
-            found[name] = (*make(), "")
+            call, leaves = make()
+            found[name] = Contender(call, list(leaves.values()))
         except (ImportError, NotImplementedError) as error:
             print(f"{name}: left out ({error})")
     return found
-
-
-def compare(shape, args) -> Rows:
-    """Time every implementation on one shape, taking turns."""
-    B, T, _, HV, _, V, _ = shape
-    d_out = torch.randn(B, T, HV, V, device="cuda").bfloat16()
-    calls, rows = {}, {}
-    for name, (call, leaves, variant) in runs_of(shape, args).items():
-
-        def forward(call=call):
-            with torch.no_grad():
-                call()
-
-        def both(call=call, leaves=leaves):
-            for t in leaves.values():
-                t.grad = None
-            call()[0].backward(d_out)
-
-        began = time.perf_counter()
-        try:
-            with settings(variant):
-                both()
-                torch.cuda.synchronize()
-                first = time.perf_counter() - began
-                forward()
-                error = worst_error(call, leaves, d_out) if name.startswith("statetrack") else float("nan")
-        except Exception as problem:  # an implementation that fails is a row, not the end of the run
-            rows[name] = {"error": f"{type(problem).__name__}: {problem}"[:80]}
-            continue
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        with settings(variant):
-            both()
-        torch.cuda.synchronize()
-        peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-        rows[name] = {"first s": first, "peak MiB": peak} | ({"error": error} if error == error else {})
-        calls[name] = forward, both, variant
-    times = {name: ([], []) for name in calls}
-    for _ in range(ROUNDS):
-        for name, (*pair, variant) in calls.items():
-            with settings(variant):
-                for kept, fn in zip(times[name], pair, strict=True):
-                    fn()
-                    kept.append(device_ms(fn))
-    for name, (f, b) in times.items():
-        rows[name] |= {"forward ms": median(f), "forward+backward ms": median(b)}
-    return [{"implementation": name} | row for name, row in rows.items()]
 
 
 def profile(shape) -> str:
@@ -202,6 +156,15 @@ def profile(shape) -> str:
     return table("kernels of one forward and backward, signed", rows)
 
 
+def measure(name: str, args: argparse.Namespace) -> str:
+    """Return the table of one shape, and of its kernels if asked."""
+    B, T, HK, HV, K, V, decay = SHAPES[name]
+    title = f"B={B} T={T} heads {HV} (keys {HK}) K={K} V={V}, one decay per {decay}, bf16"
+    d_out = torch.randn(B, T, HV, V, device="cuda").bfloat16()
+    text = table(title, take_turns(contenders(SHAPES[name], args, d_out), d_out))
+    return text + "\n" + profile(SHAPES[name]) if args.profile else text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -212,20 +175,7 @@ def main() -> None:
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="ours only")
     args = parser.parse_args()
     torch.manual_seed(0)
-    head = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {__import__('triton').__version__}\n"
-    parts = [head]
-    print(head)
-    for name in args.only:
-        B, T, HK, HV, K, V, decay = SHAPES[name]
-        title = f"B={B} T={T} heads {HV} (keys {HK}) K={K} V={V}, one decay per {decay}, bf16"
-        text = table(title, compare(SHAPES[name], args))
-        if args.profile:
-            text += "\n" + profile(SHAPES[name])
-        torch.cuda.empty_cache()
-        print(text, flush=True)
-        parts.append(text)
-        if args.out:
-            args.out.write_text("\n".join(parts))
+    report((measure(name, args) for name in args.only), args.out)
 
 
 if __name__ == "__main__":

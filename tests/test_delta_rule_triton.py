@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -266,8 +267,9 @@ def test_unknown_precision():
 
 @gpu_only
 @pytest.mark.parametrize("dtype, bounds", [(BF16, {4096: 1e-3, 65536: 5e-3})])
-def test_tracking(dtype, bounds):
-    from benchmarks.delta_rule_gpu import tracking
+def test_tracking(dtype, bounds, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    from delta_rule_gpu import tracking
 
     row = tracking(list(bounds), False, dtype)[0]
     assert all(row[f"T={n}"] <= bound for n, bound in bounds.items()), row
