@@ -13,10 +13,12 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from statetrack.errors import UsageError
 from statetrack.layers import MIXERS, MixerConfig
 from statetrack.layers.common import check_positive
+from statetrack.layers.packing import Packing
 
 State = tuple[Any, ...]  # one entry per block, whatever its mixer carries
 
@@ -82,9 +84,11 @@ class Block(nn.Module):
             self.gate_up = nn.Linear(mixer.dim, 2 * mlp_dim, bias=False)
             self.down = nn.Linear(mlp_dim, mixer.dim, bias=False)
 
-    def forward(self, x: Float[Tensor, "B T D"], state: Any = None) -> tuple[Float[Tensor, "B T D"], Any]:
+    def forward(
+        self, x: Float[Tensor, "B T D"], state: Any = None, packing: Packing | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Any]:
         """Return the hidden stream after the block, and the mixer's new state."""
-        y, state = self.mixer(self.mixer_norm(x), state)
+        y, state = self.mixer(self.mixer_norm(x), state, packing)
         x = x + y
         if self.mlp_dim:
             gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
@@ -104,6 +108,7 @@ class Model(nn.Module):
         if mlp_dim < 0:
             raise UsageError(f"mlp_dim must be 0 (none) or a width, got {mlp_dim}")
         self.config = config
+        self.gradient_checkpointing = False  # True: training keeps each block's input only, and runs the block again
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(m, mlp_dim, config.norm_eps) for m in config.mixers)
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -113,11 +118,33 @@ class Model(nn.Module):
         """Return every mixer's state before the first token."""
         return tuple(block.mixer.init_state(batch) for block in self.blocks)  # pyright: ignore
 
-    def forward(self, tokens: Int[Tensor, "B T"], state: State | None = None) -> tuple[Float[Tensor, "B T O"], State]:
-        """Return the logits at every token, and the state after the last: feed it back to go on, one token or many."""
-        x = self.embed(tokens)
-        states = []
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        state: State | None = None,
+        cu_seqlens: Int[Tensor, "offsets"] | None = None,
+    ) -> tuple[Float[Tensor, "B T O"], State]:
+        """Return the logits at every token, and the state after the last: feed it back to go on, one token or many.
+
+        With cu_seqlens, offsets [0, ..., T] of sequences packed along T (B = 1), none sees another, and the state has
+        one entry per sequence. Raises UsageError for offsets that do not fit.
+        """
+        x, state = self.hidden(tokens, state, cu_seqlens)
+        return self.head(x), state
+
+    def hidden(
+        self,
+        tokens: Int[Tensor, "B T"],
+        state: State | None = None,
+        cu_seqlens: Int[Tensor, "offsets"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], State]:
+        """Return what the head reads, and the state; the arguments are those of `forward`."""
+        packing = None if cu_seqlens is None else Packing.of(cu_seqlens, tokens)
+        x, states = self.embed(tokens), []
         for block, block_state in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
-            x, block_state = block(x, block_state)
+            if self.gradient_checkpointing and self.training:
+                x, block_state = checkpoint(block, x, block_state, packing, use_reentrant=False)
+            else:
+                x, block_state = block(x, block_state, packing)
             states.append(block_state)
-        return self.head(self.norm(x)), tuple(states)
+        return self.norm(x), tuple(states)

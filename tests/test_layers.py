@@ -29,6 +29,7 @@ from statetrack.layers import (
     RWKV6Config,
     RWKV7Config,
 )
+from statetrack.layers.packing import Packing
 from statetrack.model import Config
 
 from .cases import LAYERS, LayerCase
@@ -203,3 +204,72 @@ def test_mlp_dim_follows_the_paper_unless_given():
         Config(vocab_size=3, num_outputs=2, mixers=mixer, mlp_dim=d).build().blocks[0].mlp_dim for d in (None, 0, 48)
     ]
     assert widths == [512, 0, 48]
+
+
+@st.composite
+def packings(draw) -> list[int]:
+    """Draw the lengths of up to 5 sequences, some of them empty, not all."""
+    lengths = draw(st.lists(st.integers(0, 40), min_size=1, max_size=5))
+    return lengths if any(lengths) else [1]
+
+
+def offsets(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+@every_layer
+@settings(max_examples=8)
+@given(lengths=packings(), continued=st.booleans())
+def test_packed_sequences_equal_separate_passes(case: LayerCase, lengths: list[int], continued: bool):
+    """No sequence sees another: outputs, states and gradients, from empty states or from those of other lengths."""
+    mixer, S = build(case.config), len(lengths)
+    x = sequence(case.config, sum(lengths), batch=1).requires_grad_()
+    state, singles = None, [None] * S
+    if continued:
+        before = [3 + s for s in range(S)]
+        past = sequence(case.config, sum(before) + 1, batch=1)[:, 1:]
+        singles = [mixer(part)[1] for part in past.split(before, dim=1)]
+        _, state = mixer(past, None, Packing.of(offsets(before), past))
+    y, states = mixer(x, state, Packing.of(offsets(lengths), x))
+    parts = [mixer(part, single) for part, single in zip(x.split(lengths, dim=1), singles, strict=True)]
+    want = torch.cat([part for part, _ in parts], dim=1)
+    torch.testing.assert_close(y, want, rtol=0, atol=1e-10)
+    weights = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(2))
+    got_gradient, want_gradient = (torch.autograd.grad((o * weights).sum(), x)[0] for o in (y, want))
+    torch.testing.assert_close(got_gradient, want_gradient, rtol=0, atol=1e-10)
+    torch.manual_seed(3)
+    more = torch.randn(S, 2, case.config.dim, dtype=torch.float64)  # the states mean the same: go on from both
+    after, _ = mixer(more, states)
+    for s in range(S):
+        torch.testing.assert_close(after[s : s + 1], mixer(more[s : s + 1], parts[s][1])[0], rtol=0, atol=1e-10)
+
+
+def test_model_keeps_packed_documents_apart():
+    torch.manual_seed(0)
+    model = hybrid().build().double()
+    tokens, lengths = torch.randint(0, 7, (1, 60)), [7, 0, 33, 20]
+    logits, state = model(tokens, cu_seqlens=offsets(lengths))
+    parts = [model(part)[0] for part in tokens.split(lengths, dim=1) if part.shape[1]]
+    torch.testing.assert_close(logits, torch.cat(parts, 1), rtol=0, atol=1e-10)
+    next_logits, _ = model(torch.arange(4)[:, None], state)
+    assert next_logits.shape == (4, 1, 5)
+
+
+def test_recomputing_blocks_gives_the_same_gradients():
+    torch.manual_seed(0)
+    model, tokens, gradients = hybrid().build().double(), torch.randint(0, 7, (2, 20)), []
+    for recompute in (False, True):
+        model.gradient_checkpointing = recompute
+        model.zero_grad()
+        model(tokens)[0].logsumexp(-1).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [torch.tensor([0, 5]), torch.tensor([0, 9, 6]), torch.tensor([0])], ids=str)
+def test_bad_packings_are_refused(bad: Tensor):
+    with pytest.raises(UsageError, match="cu_seqlens must"):
+        hybrid().build()(torch.zeros(1, 6, dtype=torch.long), cu_seqlens=bad.int())
+    with pytest.raises(UsageError, match="batch must be 1"):
+        hybrid().build()(torch.zeros(2, 6, dtype=torch.long), cu_seqlens=torch.tensor([0, 6]))

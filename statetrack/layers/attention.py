@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statetrack.errors import UsageError
 from statetrack.layers.common import head_width, projection, rotate
+from statetrack.layers.packing import Packing, count_sequences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +40,12 @@ class AttentionConfig:
 
 
 class AttentionState(NamedTuple):
-    """Keys (rotated) and values of the tokens seen so far."""
+    """Keys (rotated) and values of the tokens seen so far, those of shorter sequences at the end of P."""
 
     k: Float[Tensor, "B H P K"]
     v: Float[Tensor, "B H P K"]
+    lengths: Int[Tensor, "B"] | None = None
+    """tokens seen by every sequence, where not all have seen P"""
 
 
 class Attention(nn.Module):
@@ -65,25 +68,63 @@ class Attention(nn.Module):
         empty = self.q_proj.weight.new_zeros(batch, self.config.heads, 0, self.head_dim)
         return AttentionState(empty, empty)
 
-    def op_inputs(self, x: Float[Tensor, "B T D"], past: int = 0) -> dict[str, Tensor]:
-        """Return the queries, keys and values [B H T K] of x, rotated as the tokens after `past` earlier ones."""
+    def op_inputs(self, x: Float[Tensor, "B T D"], position: Int[Tensor, "*B T"] | None = None) -> dict[str, Tensor]:
+        """Return the queries, keys and values [B H T K] of x, rotated by position (default 0, 1, ...)."""
         projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (y.unflatten(-1, (self.config.heads, self.head_dim)) for y in projected)
-        position = torch.arange(past, past + x.shape[1], device=x.device)
+        position = torch.arange(x.shape[1], device=x.device) if position is None else position
         q, k = (rotate(y, position, self.config.rotary_base) for y in (q, k))
         return {name: y.transpose(1, 2) for name, y in (("q", q), ("k", k), ("v", v))}
 
     def forward(
-        self, x: Float[Tensor, "B T D"], state: AttentionState | None = None
+        self, x: Float[Tensor, "B T D"], state: AttentionState | None = None, packing: Packing | None = None
     ) -> tuple[Float[Tensor, "B T D"], AttentionState]:
         """Mix x after the cached tokens; return the outputs and the longer cache."""
-        state = self.init_state(x.shape[0]) if state is None else state
+        state = self.init_state(count_sequences(x, packing)) if state is None else state
+        if packing is not None:
+            return self._packed(x, state, packing)
         past, tokens = state.k.shape[2], x.shape[1]
-        inputs = self.op_inputs(x, past)
-        k = torch.cat([state.k.to(inputs["k"].dtype), inputs["k"]], dim=2)
-        v = torch.cat([state.v.to(inputs["v"].dtype), inputs["v"]], dim=2)
-        mask = None
-        if past and tokens > 1:
-            mask = torch.ones(tokens, past + tokens, dtype=torch.bool, device=x.device).tril(past)
-        o = F.scaled_dot_product_attention(inputs["q"], k, v, attn_mask=mask, is_causal=past == 0)
-        return self.o_proj(o.transpose(1, 2).flatten(2)), AttentionState(k, v)
+        position = torch.arange(past, past + tokens, device=x.device)
+        if state.lengths is not None:
+            position = position + (state.lengths - past)[:, None]
+        inputs = self.op_inputs(x, position)
+        k, v = (torch.cat([old.to(x.dtype), inputs[name]], dim=2) for name, old in (("k", state.k), ("v", state.v)))
+        if state.lengths is None:
+            return self._output(attend(inputs["q"], k, v)), AttentionState(k, v)
+        real = torch.arange(past + tokens, device=x.device) >= (past - state.lengths)[:, None, None, None]
+        o = F.scaled_dot_product_attention(inputs["q"], k, v, attn_mask=real & causal_mask(inputs["q"], k))
+        return self._output(o), AttentionState(k, v, state.lengths + tokens)
+
+    def _packed(self, x: Tensor, state: AttentionState, packing: Packing) -> tuple[Tensor, AttentionState]:
+        """Attend within every packed sequence and its part of the cache."""
+        width, spans = state.k.shape[2], packing.spans()
+        past = packing.lengths.new_full((len(spans),), width) if state.lengths is None else state.lengths
+        inputs, outputs, caches = self.op_inputs(x, packing.position + past[packing.sequence]), [], []
+        for s, ((start, end), seen) in enumerate(zip(spans, past.tolist(), strict=True)):
+            q, k, v = (inputs[name][:, :, start:end] for name in ("q", "k", "v"))
+            k = torch.cat([state.k[s : s + 1, :, width - seen :].to(k.dtype), k], dim=2)
+            v = torch.cat([state.v[s : s + 1, :, width - seen :].to(v.dtype), v], dim=2)
+            outputs.append(attend(q, k, v))
+            caches.append((k, v))
+        longest = max(k.shape[2] for k, _ in caches)
+        padded = [[F.pad(y, (0, 0, longest - y.shape[2], 0)) for y in cache] for cache in caches]
+        k, v = (torch.cat(part) for part in zip(*padded, strict=True))
+        lengths = past + packing.lengths
+        ragged = any(y.shape[2] < longest for y, _ in caches)
+        return self._output(torch.cat(outputs, dim=2)), AttentionState(k, v, lengths if ragged else None)
+
+    def _output(self, o: Tensor) -> Tensor:
+        return self.o_proj(o.transpose(1, 2).flatten(2))
+
+
+def attend(q: Float[Tensor, "B H T K"], k: Float[Tensor, "B H P K"], v: Float[Tensor, "B H P K"]) -> Tensor:
+    """Let the last T of P tokens read all up to themselves."""
+    if q.shape[2] in (1, k.shape[2]):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(q, k))
+
+
+def causal_mask(q: Tensor, k: Tensor) -> Bool[Tensor, "T P"]:
+    """Return which of P keys each of the last T tokens may read."""
+    tokens, keys = q.shape[2], k.shape[2]
+    return torch.ones(tokens, keys, dtype=torch.bool, device=q.device).tril(keys - tokens)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statetrack.errors import UsageError
+from statetrack.layers.packing import Packing
 
 
 def check_positive(**values: int) -> None:
@@ -89,10 +90,10 @@ def precise(x: Tensor) -> Tensor:
 
 
 def rotate(x: Float[Tensor, "B T H K"], position: Tensor, base: float) -> Float[Tensor, "B T H K"]:
-    """Rotate pairs of channels (i, i + K/2) by position * base^(-2i/K) (RoFormer, arXiv 2104.09864)."""
+    """Rotate pairs of channels (i, i + K/2) by position [T] or [B T] * base^(-2i/K) (RoFormer, arXiv 2104.09864)."""
     half = x.shape[-1] // 2
     rate = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    angle = (position.double()[:, None] * rate)[:, None]
+    angle = (position.double()[..., None] * rate).unsqueeze(-2)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
@@ -136,11 +137,6 @@ class ForgetGate(nn.Module):
         return -self.rate.exp()[:, None] * step.unflatten(-1, (self.heads, self.width))
 
 
-def shifted(x: Float[Tensor, "B T D"], last: Float[Tensor, "B D"]) -> Float[Tensor, "B T D"]:
-    """Return every token's predecessor, that of the first being `last`."""
-    return torch.cat([last.to(x.dtype).unsqueeze(1), x[:, :-1]], dim=1) if x.shape[1] else x
-
-
 class ShortConvolution(nn.Module):
     """Causal depthwise convolution over the last W tokens, then SiLU.
 
@@ -158,14 +154,19 @@ class ShortConvolution(nn.Module):
         return self.weight.new_zeros(batch, self.size - 1, self.weight.shape[1])
 
     def forward(
-        self, x: Float[Tensor, "B T D"], state: Float[Tensor, "B W_minus_1 D"]
-    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B W_minus_1 D"]]:
-        """Convolve x after the inputs in `state`; return the outputs and the new state."""
-        tokens = x.shape[1]
-        window = torch.cat([state.to(x.dtype), x], dim=1)
-        y = window[:, self.size - 1 :] * self.weight[-1]
-        for i in range(self.size - 1):
-            y = torch.addcmul(y, window[:, i : i + tokens], self.weight[i])
+        self, x: Float[Tensor, "B T D"], state: Float[Tensor, "S W_minus_1 D"] | None, packing: Packing | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "S W_minus_1 D"]]:
+        """Convolve x after the inputs in `state` (None: zeros); return the outputs and the new state."""
+        tokens, before = x.shape[1], self.size - 1
+        if packing is None:
+            window = F.pad(x, (0, 0, before, 0)) if state is None else torch.cat([state.to(x.dtype), x], dim=1)
+            inputs, tail = [window[:, i : i + tokens] for i in range(before)], window[:, tokens:]
+        else:
+            inputs = [packing.shift(x, state, by=before - i) for i in range(before)]
+            tail = packing.tail(x, state, before)
+        y = x * self.weight[-1]
+        for i in range(before):
+            y = torch.addcmul(y, inputs[i], self.weight[i])
         if self.bias is not None:
             y = y + self.bias
-        return F.silu(y), window[:, tokens:]
+        return F.silu(y), tail

@@ -33,6 +33,7 @@ from statetrack.layers.common import (
     projection,
     zero_memory,
 )
+from statetrack.layers.packing import Packing, offsets
 from statetrack.ops import delta_rule
 
 
@@ -110,28 +111,27 @@ class DeltaProduct(nn.Module):
 
     def op_inputs(self, x: Float[Tensor, "B T D"]) -> dict[str, Any]:
         """Return the arguments that `delta_rule` gets for x as a whole sequence."""
-        return self._op_inputs(x, self.init_state(x.shape[0]))[0]
+        return self._op_inputs(x, None, None)[0]
 
     def forward(
-        self, x: Float[Tensor, "B T D"], state: DeltaProductState | None = None
+        self, x: Float[Tensor, "B T D"], state: DeltaProductState | None = None, packing: Packing | None = None
     ) -> tuple[Float[Tensor, "B T D"], DeltaProductState]:
         """Mix x after what `state` has seen; return the outputs and the new state."""
-        state = self.init_state(x.shape[0]) if state is None else state
-        inputs, conv = self._op_inputs(x, state)
-        o, memory = delta_rule(**inputs, initial_state=state.memory, backend=self.config.backend)
+        conv, memory = (None, None) if state is None else state
+        inputs, conv = self._op_inputs(x, conv, packing)
+        o, memory = delta_rule(**inputs, initial_state=memory, cu_seqlens=offsets(packing), backend=self.config.backend)
         o = self.norm(o).flatten(2)
         if self.output_gate is not None:
             o = o * F.silu(self.output_gate(x))
         return self.o_proj(o), DeltaProductState(conv, memory)
 
-    def _op_inputs(self, x: Tensor, state: DeltaProductState) -> tuple[dict[str, Any], Tensor | None]:
+    def _op_inputs(
+        self, x: Tensor, conv: Tensor | None, packing: Packing | None
+    ) -> tuple[dict[str, Any], Tensor | None]:
         N, H, K = self.config.factors, self.config.heads, self.head_dim
         lo, hi = self.config.eigenvalues
-        qkv, conv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1), None
-        if self.conv is not None and state.conv is not None:
-            qkv, conv = self.conv(qkv, state.conv)
-        else:
-            qkv = F.silu(qkv)
+        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        qkv, conv = (F.silu(qkv), None) if self.conv is None else self.conv(qkv, conv, packing)
         q, k, v = qkv.split([H * K, N * H * K, N * H * K], dim=-1)
         beta = precise(self.beta_proj(x))
         inputs = {

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from statetrack.layers.common import check_positive, no_weight_decay, precise, projection, zero_memory
+from statetrack.layers.packing import Packing, count_sequences, one_by_one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +69,12 @@ class DenseRNN(nn.Module):
         return {"A": precise(self.transition(x)).unflatten(-1, (M, M)) + self.offset}
 
     def forward(
-        self, x: Float[Tensor, "B T D"], state: DenseRNNState | None = None
+        self, x: Float[Tensor, "B T D"], state: DenseRNNState | None = None, packing: Packing | None = None
     ) -> tuple[Float[Tensor, "B T D"], DenseRNNState]:
         """Mix x after what `state` has seen; return the outputs and the new state."""
-        state = self.init_state(x.shape[0]) if state is None else state
+        state = self.init_state(count_sequences(x, packing)) if state is None else state
+        if packing is not None:
+            return one_by_one(self, x, state, packing)
         if x.shape[1] == 0:
             return x, state
         (S, log_norm), out = state, []

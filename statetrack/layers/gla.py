@@ -33,6 +33,7 @@ from statetrack.layers.common import (
     spread_logits,
     zero_memory,
 )
+from statetrack.layers.packing import Packing, offsets
 from statetrack.ops import gated_linear_attention
 
 
@@ -100,9 +101,13 @@ class GLA(nn.Module):
         }
 
     def forward(
-        self, x: Float[Tensor, "B T D"], state: MemoryState | None = None
+        self, x: Float[Tensor, "B T D"], state: MemoryState | None = None, packing: Packing | None = None
     ) -> tuple[Float[Tensor, "B T D"], MemoryState]:
         """Mix x after what `state` has seen; return the outputs and the new state."""
-        state = self.init_state(x.shape[0]) if state is None else state
-        o, memory = gated_linear_attention(**self.op_inputs(x), initial_state=state.memory, backend=self.config.backend)
+        o, memory = gated_linear_attention(
+            **self.op_inputs(x),
+            initial_state=None if state is None else state.memory,
+            cu_seqlens=offsets(packing),
+            backend=self.config.backend,
+        )
         return self.o_proj(self.norm(o).flatten(2) * F.silu(self.output_gate(x))), MemoryState(memory)

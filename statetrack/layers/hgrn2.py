@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from statetrack.errors import UsageError
 from statetrack.layers.common import MemoryState, check_eigenvalues, head_width, precise, projection, zero_memory
+from statetrack.layers.packing import Packing, offsets
 from statetrack.ops import gated_linear_attention
 
 
@@ -79,9 +80,13 @@ class HGRN2(nn.Module):
         }
 
     def forward(
-        self, x: Float[Tensor, "B T D"], state: MemoryState | None = None
+        self, x: Float[Tensor, "B T D"], state: MemoryState | None = None, packing: Packing | None = None
     ) -> tuple[Float[Tensor, "B T D"], MemoryState]:
         """Mix x after what `state` has seen; return the outputs and the new state."""
-        state = self.init_state(x.shape[0]) if state is None else state
-        o, memory = gated_linear_attention(**self.op_inputs(x), initial_state=state.memory, backend=self.config.backend)
+        o, memory = gated_linear_attention(
+            **self.op_inputs(x),
+            initial_state=None if state is None else state.memory,
+            cu_seqlens=offsets(packing),
+            backend=self.config.backend,
+        )
         return self.o_proj(self.norm(o.flatten(2))), MemoryState(memory)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from statetrack.layers.common import check_positive, projection
+from statetrack.layers.packing import Packing, count_sequences, one_by_one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +56,12 @@ class LSTM(nn.Module):
         return {"input": x}
 
     def forward(
-        self, x: Float[Tensor, "B T D"], state: LSTMState | None = None
+        self, x: Float[Tensor, "B T D"], state: LSTMState | None = None, packing: Packing | None = None
     ) -> tuple[Float[Tensor, "B T D"], LSTMState]:
         """Mix x after what `state` has seen; return the outputs and the new state."""
-        state = self.init_state(x.shape[0]) if state is None else state
+        state = self.init_state(count_sequences(x, packing)) if state is None else state
+        if packing is not None:
+            return one_by_one(self, x, state, packing)
         if x.shape[1] == 0:
             return x, state
         y, (h, c) = self.cell(x, (state.h.unsqueeze(0).contiguous(), state.c.unsqueeze(0).contiguous()))

@@ -33,6 +33,7 @@ from statetrack.layers.common import (
     time_step_bias,
     zero_memory,
 )
+from statetrack.layers.packing import Packing, offsets
 from statetrack.ops import selective_scan
 
 
@@ -103,26 +104,28 @@ class Mamba(nn.Module):
     def op_inputs(self, x: Float[Tensor, "B T _"]) -> dict[str, Any]:
         """Return the tensors that `selective_scan` gets for x as a whole sequence."""
         u = self.in_proj(x).chunk(2, dim=-1)[0]
-        return self._op_inputs(u, self.init_state(x.shape[0]))[0]
+        return self._op_inputs(u, None, None)[0]
 
     def forward(
-        self, x: Float[Tensor, "B T _"], state: MambaState | None = None
+        self, x: Float[Tensor, "B T _"], state: MambaState | None = None, packing: Packing | None = None
     ) -> tuple[Float[Tensor, "B T _"], MambaState]:
         """Mix x after what `state` has seen; return the outputs and the new state."""
-        state = self.init_state(x.shape[0]) if state is None else state
+        conv, memory = (None, None) if state is None else state
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        inputs, conv = self._op_inputs(u, state)
+        inputs, conv = self._op_inputs(u, conv, packing)
         y, memory = selective_scan(
-            **inputs, eigenvalues=self.config.eigenvalues, initial_state=state.memory, backend=self.config.backend
+            **inputs,
+            eigenvalues=self.config.eigenvalues,
+            initial_state=memory,
+            cu_seqlens=offsets(packing),
+            backend=self.config.backend,
         )
         return self.out_proj(y * F.silu(z)), MambaState(conv, memory)
 
-    def _op_inputs(self, u: Tensor, state: MambaState) -> tuple[dict[str, Any], Tensor | None]:
-        conv = None
-        if self.conv is not None and state.conv is not None:
-            u, conv = self.conv(u, state.conv)
-        else:
-            u = F.silu(u)
+    def _op_inputs(
+        self, u: Tensor, conv: Tensor | None, packing: Packing | None
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        u, conv = (F.silu(u), None) if self.conv is None else self.conv(u, conv, packing)
         M = self.config.state_size
         rank, B, C = self.x_proj(u).split([self.rank, M, M], dim=-1)
         dt = F.softplus(self.dt_proj(rank))

@@ -30,6 +30,7 @@ from statetrack.layers.common import (
     time_step_bias,
     zero_memory,
 )
+from statetrack.layers.packing import Packing, offsets
 from statetrack.ops import gated_linear_attention
 
 
@@ -105,26 +106,26 @@ class Mamba2(nn.Module):
 
     def op_inputs(self, x: Float[Tensor, "B T _"]) -> dict[str, Any]:
         """Return the arguments that `gated_linear_attention` gets for x as a whole sequence."""
-        return self._op_inputs(x, self.init_state(x.shape[0]))[0]
+        return self._op_inputs(x, None, None)[0]
 
     def forward(
-        self, x: Float[Tensor, "B T _"], state: Mamba2State | None = None
+        self, x: Float[Tensor, "B T _"], state: Mamba2State | None = None, packing: Packing | None = None
     ) -> tuple[Float[Tensor, "B T _"], Mamba2State]:
         """Mix x after what `state` has seen; return the outputs and the new state."""
-        state = self.init_state(x.shape[0]) if state is None else state
-        inputs, u, z, conv = self._op_inputs(x, state)
-        y, memory = gated_linear_attention(**inputs, initial_state=state.memory, backend=self.config.backend)
+        conv, memory = (None, None) if state is None else state
+        inputs, u, z, conv = self._op_inputs(x, conv, packing)
+        y, memory = gated_linear_attention(
+            **inputs, initial_state=memory, cu_seqlens=offsets(packing), backend=self.config.backend
+        )
         y = (y + self.D[:, None] * u).flatten(2)
         return self.out_proj(self.norm(y * F.silu(z))), Mamba2State(conv, memory)
 
-    def _op_inputs(self, x: Tensor, state: Mamba2State) -> tuple[dict[str, Any], Tensor, Tensor, Tensor | None]:
+    def _op_inputs(
+        self, x: Tensor, conv: Tensor | None, packing: Packing | None
+    ) -> tuple[dict[str, Any], Tensor, Tensor, Tensor | None]:
         lo, hi = self.config.eigenvalues
         z, uBC, dt = self.in_proj(x).split([self.inner, sum(self.sizes), self.config.heads], dim=-1)
-        conv = None
-        if self.conv is not None and state.conv is not None:
-            uBC, conv = self.conv(uBC, state.conv)
-        else:
-            uBC = F.silu(uBC)
+        uBC, conv = (F.silu(uBC), None) if self.conv is None else self.conv(uBC, conv, packing)
         u, B, C = uBC.split(self.sizes, dim=-1)
         u = u.unflatten(-1, (self.config.heads, self.head_dim))
         dt = F.softplus(precise(dt) + self.dt_bias)

@@ -34,6 +34,7 @@ from statetrack.layers.common import (
     spread_logits,
     zero_memory,
 )
+from statetrack.layers.packing import Packing, offsets
 from statetrack.ops import gated_linear_attention
 
 
@@ -110,16 +111,19 @@ class MLSTM(nn.Module):
         }
 
     def forward(
-        self, x: Float[Tensor, "B T D"], state: MLSTMState | None = None
+        self, x: Float[Tensor, "B T D"], state: MLSTMState | None = None, packing: Packing | None = None
     ) -> tuple[Float[Tensor, "B T D"], MLSTMState]:
         """Mix x after what `state` has seen; return the outputs and the new state."""
-        state = self.init_state(x.shape[0]) if state is None else state
-        h, state = self.cell(self.op_inputs(x), state)
+        h, state = self.cell(self.op_inputs(x), state, packing)
         return self.o_proj(self.norm(h).flatten(2) * self.output_gate(x).sigmoid()), state
 
-    def cell(self, inputs: dict[str, Any], state: MLSTMState) -> tuple[Float[Tensor, "B T H V"], MLSTMState]:
+    def cell(
+        self, inputs: dict[str, Any], state: MLSTMState | None, packing: Packing | None = None
+    ) -> tuple[Float[Tensor, "B T H V"], MLSTMState]:
         """Return the normalised reads h and the new state."""
-        h, memory = gated_linear_attention(**inputs, initial_state=state.memory, backend=self.config.backend)
+        memory, normaliser = (None, None) if state is None else state
+        how = {"cu_seqlens": offsets(packing), "backend": self.config.backend}
+        h, memory = gated_linear_attention(**inputs, initial_state=memory, **how)
         weights = {**inputs, "v": torch.ones_like(inputs["v"][..., :1]), "decay": inputs["decay"].abs()}
-        n, normaliser = gated_linear_attention(**weights, initial_state=state.normaliser, backend=self.config.backend)
+        n, normaliser = gated_linear_attention(**weights, initial_state=normaliser, **how)
         return h / n.abs().clamp(min=1), MLSTMState(memory, normaliser)

@@ -33,6 +33,7 @@ from statetrack.layers.common import (
     rotate,
     zero_memory,
 )
+from statetrack.layers.packing import Packing, offsets
 from statetrack.ops import gated_linear_attention
 
 
@@ -86,11 +87,11 @@ class RetNet(nn.Module):
         """Return the state before the first token: zeros."""
         return MemoryState(zero_memory(self.q_proj.weight, batch, self.config.heads, self.head_dim, self.value_dim))
 
-    def op_inputs(self, x: Float[Tensor, "B T D"]) -> dict[str, Any]:
-        """Return the arguments that `gated_linear_attention` gets for x as a whole sequence."""
+    def op_inputs(self, x: Float[Tensor, "B T D"], packing: Packing | None = None) -> dict[str, Any]:
+        """Return the arguments that `gated_linear_attention` gets for x as whole sequences."""
         (lo, hi), H = self.config.eigenvalues, self.config.heads
         s = 1 - torch.exp2(-self.config.first_exponent - torch.arange(H, dtype=torch.float64, device=x.device))
-        position = torch.arange(1, x.shape[1] + 1, device=x.device)
+        position = 1 + (torch.arange(x.shape[1], device=x.device) if packing is None else packing.position)
         q, k = (proj(x).unflatten(-1, (H, self.head_dim)) for proj in (self.q_proj, self.k_proj))
         decay = (lo + (hi - lo) * s).to(precise(x).dtype)
         return {
@@ -101,12 +102,16 @@ class RetNet(nn.Module):
         }
 
     def forward(
-        self, x: Float[Tensor, "B T D"], state: MemoryState | None = None
+        self, x: Float[Tensor, "B T D"], state: MemoryState | None = None, packing: Packing | None = None
     ) -> tuple[Float[Tensor, "B T D"], MemoryState]:
         """Mix x after what `state` has seen; return the outputs and the new state."""
-        state = self.init_state(x.shape[0]) if state is None else state
-        o, memory = gated_linear_attention(**self.op_inputs(x), initial_state=state.memory, backend=self.config.backend)
-        back = torch.tensor([-x.shape[1]], device=x.device)
-        memory = rotate(memory.transpose(2, 3).flatten(1, 2).unsqueeze(1), back, self.config.rotary_base)
+        o, memory = gated_linear_attention(
+            **self.op_inputs(x, packing),
+            initial_state=None if state is None else state.memory,
+            cu_seqlens=offsets(packing),
+            backend=self.config.backend,
+        )
+        tokens = torch.tensor([x.shape[1]], device=x.device) if packing is None else packing.lengths
+        memory = rotate(memory.transpose(2, 3).flatten(1, 2)[None], -tokens, self.config.rotary_base)
         memory = memory.view(-1, self.config.heads, self.value_dim, self.head_dim).transpose(2, 3)
         return self.o_proj(self.norm(o).flatten(2) * F.silu(self.output_gate(x))), MemoryState(memory)

@@ -29,10 +29,10 @@ from statetrack.layers.common import (
     no_weight_decay,
     precise,
     projection,
-    shifted,
     spread_logits,
     zero_memory,
 )
+from statetrack.layers.packing import Packing, count_sequences, last_input, offsets, shifted
 from statetrack.ops import gated_linear_attention
 
 
@@ -98,29 +98,36 @@ class RWKV6(nn.Module):
 
     def op_inputs(self, x: Float[Tensor, "B T D"]) -> dict[str, Any]:
         """Return q = r, k, v and the decay of x as a whole sequence; see `forward` for how r is read."""
-        return self._op_inputs(x, self.init_state(x.shape[0]).last)[0]
+        return self._op_inputs(x, None, None)[0]
 
     def forward(
-        self, x: Float[Tensor, "B T D"], state: RWKV6State | None = None
+        self, x: Float[Tensor, "B T D"], state: RWKV6State | None = None, packing: Packing | None = None
     ) -> tuple[Float[Tensor, "B T D"], RWKV6State]:
         """Mix x after what `state` has seen; return the outputs and the new state.
 
         The op reads after the write, so token t gets the r of token t + 1, and the first r reads `state` itself.
         """
-        state = self.init_state(x.shape[0]) if state is None else state
         if x.shape[1] == 0:
-            return x, state
-        inputs, gate = self._op_inputs(x, state.last)
+            return x, self.init_state(count_sequences(x, packing)) if state is None else state
+        last, memory = (None, None) if state is None else state
+        inputs, gate = self._op_inputs(x, last, packing)
         r, k, v = inputs["q"], inputs["k"], inputs["v"]
         inputs["q"] = torch.cat([r[:, 1:], torch.zeros_like(r[:, :1])], dim=1)
-        o, memory = gated_linear_attention(**inputs, scale=1.0, initial_state=state.memory, backend=self.config.backend)
-        first = (r[:, :1, :, None].to(state.memory.dtype) @ state.memory[:, None]).squeeze(3)
-        o = torch.cat([first.to(o.dtype), o[:, :-1]], dim=1) + (r * self.bonus * k).sum(-1, keepdim=True) * v
-        return self.o_proj(self.norm(o).flatten(2) * F.silu(gate)), RWKV6State(x[:, -1], memory)
+        start = None if memory is None else self._read_first(r, memory, packing)
+        o, memory = gated_linear_attention(
+            **inputs, scale=1.0, initial_state=memory, cu_seqlens=offsets(packing), backend=self.config.backend
+        )
+        o = shifted(o.flatten(2), start, packing).view_as(o) + (r * self.bonus * k).sum(-1, keepdim=True) * v
+        return self.o_proj(self.norm(o).flatten(2) * F.silu(gate)), RWKV6State(last_input(x, last, packing), memory)
 
-    def _op_inputs(self, x: Tensor, last: Tensor) -> tuple[dict[str, Any], Tensor]:
+    def _read_first(self, r: Tensor, memory: Tensor, packing: Packing | None) -> Tensor:
+        """Read the state before the call with every sequence's first r; return [S D]."""
+        first = r[:, 0] if packing is None else r[0, packing.starts.clamp(max=r.shape[1] - 1)]
+        return (first.unsqueeze(2).to(memory.dtype) @ memory).flatten(1)
+
+    def _op_inputs(self, x: Tensor, last: Tensor | None, packing: Packing | None) -> tuple[dict[str, Any], Tensor]:
         (lo, hi), heads = self.config.eigenvalues, (self.config.heads, self.head_dim)
-        delta = shifted(x, last) - x
+        delta = shifted(x, last, packing) - x
         mixed = self.mix_down(x + delta * self.mix_first).tanh().unflatten(-1, (5, -1))
         mixed = torch.einsum("btnr,nrd->nbtd", mixed, self.mix_up) + self.mix[:, None, None]
         r, k, v, g, w = (x + delta * mixed).unbind(0)

@@ -33,10 +33,10 @@ from statetrack.layers.common import (
     no_weight_decay,
     precise,
     projection,
-    shifted,
     spread_logits,
     zero_memory,
 )
+from statetrack.layers.packing import Packing, count_sequences, last_input, offsets, shifted
 from statetrack.layers.rwkv6 import RWKV6State as RWKV7State
 from statetrack.ops import dplr
 
@@ -94,23 +94,25 @@ class RWKV7(nn.Module):
 
     def op_inputs(self, x: Float[Tensor, "B T D"]) -> dict[str, Any]:
         """Return the arguments that `dplr` gets for x as a whole sequence."""
-        return self._op_inputs(x, self.init_state(x.shape[0]).last)[0]
+        return self._op_inputs(x, None, None)[0]
 
     def forward(
-        self, x: Float[Tensor, "B T D"], state: RWKV7State | None = None
+        self, x: Float[Tensor, "B T D"], state: RWKV7State | None = None, packing: Packing | None = None
     ) -> tuple[Float[Tensor, "B T D"], RWKV7State]:
         """Mix x after what `state` has seen; return the outputs and the new state."""
-        state = self.init_state(x.shape[0]) if state is None else state
         if x.shape[1] == 0:
-            return x, state
-        inputs, gate = self._op_inputs(x, state.last)
-        o, memory = dplr(**inputs, scale=1.0, initial_state=state.memory, backend=self.config.backend)
+            return x, self.init_state(count_sequences(x, packing)) if state is None else state
+        last, memory = (None, None) if state is None else state
+        inputs, gate = self._op_inputs(x, last, packing)
+        o, memory = dplr(
+            **inputs, scale=1.0, initial_state=memory, cu_seqlens=offsets(packing), backend=self.config.backend
+        )
         present = (inputs["q"] * self.bonus * inputs["k"]).sum(-1, keepdim=True) * inputs["v"]
-        return self.o_proj((self.norm(o) + present).flatten(2) * gate), RWKV7State(x[:, -1], memory)
+        return self.o_proj((self.norm(o) + present).flatten(2) * gate), RWKV7State(last_input(x, last, packing), memory)
 
-    def _op_inputs(self, x: Tensor, last: Tensor) -> tuple[dict[str, Any], Tensor]:
+    def _op_inputs(self, x: Tensor, last: Tensor | None, packing: Packing | None) -> tuple[dict[str, Any], Tensor]:
         (lo, hi), heads = self.config.eigenvalues, (self.config.heads, self.head_dim)
-        r, w, k, v, a, g = (x + (shifted(x, last) - x) * self.mix[:, None, None]).unbind(0)
+        r, w, k, v, a, g = (x + (shifted(x, last, packing) - x) * self.mix[:, None, None]).unbind(0)
         log_decay = -math.exp(-0.5) * precise(self.decay_proj(w)).sigmoid()
         s = precise(self.rate_proj(a)).sigmoid()
         k = self.k_proj(k)

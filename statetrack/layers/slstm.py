@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statetrack.layers.common import head_width, no_weight_decay, precise, projection, zero_memory
+from statetrack.layers.packing import Packing, count_sequences, one_by_one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +73,13 @@ class SLSTM(nn.Module):
         return {"gates": precise(self.in_proj(x)).unflatten(-1, (4, self.config.heads, self.head_dim))}
 
     def forward(
-        self, x: Float[Tensor, "B T D"], state: SLSTMState | None = None
+        self, x: Float[Tensor, "B T D"], state: SLSTMState | None = None, packing: Packing | None = None
     ) -> tuple[Float[Tensor, "B T D"], SLSTMState]:
         """Mix x after what `state` has seen; return the outputs and the new state."""
-        h, c, n, m = self.init_state(x.shape[0]) if state is None else state
+        state = self.init_state(count_sequences(x, packing)) if state is None else state
+        if packing is not None:
+            return one_by_one(self, x, state, packing)
+        h, c, n, m = state
         if x.shape[1] == 0:
             return x, SLSTMState(h, c, n, m)
         gates, recurrent, out = self.op_inputs(x)["gates"], precise(self.recurrent), []

@@ -93,7 +93,8 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out, d_final):  # pyright: ignore[reportIncompatibleMethodOverride]
-        inputs, saved = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        tensors = ctx.saved_tensors  # read once: recomputed blocks give them out a single time
+        inputs, saved = tensors[:6], tensors[6:]
         chunks = _cut(inputs[1], inputs[2], ctx.lengths, d_final.dtype)
         flat = _flatten(*inputs)
         grads = {name: torch.empty_like(x, memory_format=torch.contiguous_format) for name, x in flat.items()}
