@@ -5,14 +5,36 @@ Letters: S sequences, C tokens per chunk, N factors per token, H heads, D channe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def untraced(function: F) -> F:
+    """Return `function` such that torch.compile calls it as it is.
+
+    Traced through (torch 2.13), an autograd.Function that works in place gives wrong gradients. torch._dynamo takes more
+    than a second to import, so it is not imported for those who never compile.
+    """
+    disabled: list[Any] = []
+
+    @wraps(function)
+    def run(*args: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args)
+
+    return run  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from statetrack.ops.decay import HeadDecay, KeyDecay, MildDecay, decayed, log_decay_grad
-from statetrack.ops.layout import Block, Chunks
+from statetrack.ops.layout import Block, Chunks, untraced
 
 CHUNK_ROWS = 32  # target for M = C N
 BLOCK_BYTES = 1 << 20  # of the largest temporary: a dozen of them stay in a core's cache
 SAFE = 2.0**-60  # keys whose squared length lies between this and its inverse need no power of two: it changes nothing
 
 
+@untraced
 def delta_rule_chunk(
     q: Tensor,
     k: Tensor,

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from statetrack.ops.layout import Block, Chunks
+from statetrack.ops.layout import Block, Chunks, untraced
 from statetrack.ops.products import KeyProducts, key_chunk
 
 BLOCK_BYTES = 1 << 21  # of the largest temporary
 NAMES = ("q", "k", "v", "a", "b", "log_decay")
 
 
+@untraced
 def dplr_chunk(
     q: Tensor,
     k: Tensor,

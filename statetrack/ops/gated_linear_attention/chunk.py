@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from statetrack.ops.layout import Block, Chunks
+from statetrack.ops.layout import Block, Chunks, untraced
 from statetrack.ops.products import HeadProducts, KeyProducts, key_chunk
 
 HEAD_TOKENS = 64  # per chunk, with one decay per head
 BLOCK_BYTES = 1 << 21  # of the largest temporary: a few of them stay in a core's cache
 
 
+@untraced
 def gated_linear_attention_chunk(
     q: Tensor,
     k: Tensor,

@@ -21,10 +21,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from statetrack.ops.layout import untraced
+
 BLOCK_BYTES = 1 << 20  # of one [R M D] tensor; the forward works on two of them, the backward on three
 LEAST_STEPS = 16  # consecutive tokens of a sequence in a block, for each of which the backward keeps one state [M D]
 
 
+@untraced
 def selective_scan_chunk(
     u: Tensor,
     dt: Tensor,
