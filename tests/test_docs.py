@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/guide.md", "docs/automata.md", "docs/compiler.md", "docs/theory.md")
+PAGES = ("README.md", "docs/guide.md", "docs/automata.md", "docs/compiler.md", "docs/theory.md", "docs/hf.md")
 
 
 def blocks() -> list[tuple[str, str]]:

@@ -92,7 +92,7 @@ class Mamba(nn.Module):
         nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
         with torch.no_grad():
             self.dt_proj.bias.copy_(time_step_bias(inner, *config.dt_range))
-        self.A_log = no_weight_decay(nn.Parameter(torch.arange(1, M + 1).float().log().repeat(inner, 1)))
+        self.A_log = no_weight_decay(nn.Parameter(torch.arange(1.0, M + 1).log().repeat(inner, 1)))
         self.D = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, config.dim, bias=False)
 

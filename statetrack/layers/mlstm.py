@@ -88,7 +88,8 @@ class MLSTM(nn.Module):
         self.gates = nn.Linear(config.dim, 2 * H)  # input, forget
         spread_logits(config.gate_std, self.gates.weight[H:])
         with torch.no_grad():
-            self.gates.bias.copy_(torch.cat([torch.zeros(H), torch.linspace(3, 6, H)]))
+            self.gates.bias[:H] = 0
+            self.gates.bias[H:] = torch.linspace(3, 6, H)
         self.output_gate = projection(config.dim, H * self.head_dim)
         self.norm = nn.LayerNorm(self.head_dim, eps=config.norm_eps, bias=False)
         self.o_proj = projection(H * self.head_dim, config.dim)
