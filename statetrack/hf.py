@@ -42,9 +42,10 @@ class StateTrackConfig(PreTrainedConfig):
     vocab_size: tokens. hidden_size: width of the hidden stream. num_hidden_layers: blocks; default one per mixer.
     mixers: a mixer for every block, or one for all: a config of `statetrack.layers`, its name, or a dictionary with
     "mixer" (the name) and options; dim may be left out. intermediate_size: width of the SwiGLU, 0 for none, default
-    8/3 of hidden_size rounded up to 256. norm_eps: of the blocks' norms. num_outputs: classes of the head, default
-    vocab_size. initializer_range: standard deviation of embeddings, head and SwiGLU at the start; mixers start as
-    their papers say.
+    8/3 of hidden_size rounded up to 256. norm_eps: of the blocks' norms. post_norm: numbers of the blocks that
+    normalise what their mixer and SwiGLU return, not what they get. num_outputs: classes of the head, default
+    vocab_size. initializer_range: standard deviation of embeddings, head and SwiGLU at the start; mixers start as their
+    papers say. Further ones are those of any transformers config, such as tie_word_embeddings (False).
     """
 
     model_type = "statetrack"
@@ -58,9 +59,9 @@ class StateTrackConfig(PreTrainedConfig):
         mixers: Mixer | Sequence[Mixer] = "deltaproduct",
         intermediate_size: int | None = None,
         norm_eps: float = 1e-6,
+        post_norm: Sequence[int] = (),
         num_outputs: int | None = None,
         initializer_range: float = 0.02,
-        tie_word_embeddings: bool = False,
         use_cache: bool = True,
         **kwargs: Any,
     ):
@@ -76,10 +77,11 @@ class StateTrackConfig(PreTrainedConfig):
         self.mixers = every
         self.intermediate_size = intermediate_size
         self.norm_eps = norm_eps
+        self.post_norm = list(post_norm)
         self.num_outputs = vocab_size if num_outputs is None else num_outputs
         self.initializer_range = initializer_range
         self.use_cache = use_cache
-        super().__init__(**{"tie_word_embeddings": tie_word_embeddings, **kwargs})
+        super().__init__(**{"tie_word_embeddings": False, **kwargs})
 
     def model_config(self) -> Config:
         """Return the config of the `Model` inside; raise UsageError for settings that do not fit together."""
@@ -92,6 +94,7 @@ class StateTrackConfig(PreTrainedConfig):
                 "mixers": self.mixers,
                 "mlp_dim": self.intermediate_size,
                 "norm_eps": self.norm_eps,
+                "post_norm": self.post_norm,
             }
         )
 
@@ -104,6 +107,7 @@ class StateTrackConfig(PreTrainedConfig):
             mixers=config.mixers,
             intermediate_size=config.mlp_dim,
             norm_eps=config.norm_eps,
+            post_norm=config.post_norm,
             num_outputs=config.num_outputs,
             **kwargs,
         )

@@ -36,6 +36,8 @@ class Config:
     mlp_dim: int | None = None
     """hidden width of the SwiGLU; default 8/3 of dim rounded up to 256; 0 for blocks without it"""
     norm_eps: float = 1e-6
+    post_norm: tuple[int, ...] = ()
+    """numbers of the blocks that normalise what their mixer and SwiGLU return, not what they get (OLMo 2)"""
 
     @property
     def dim(self) -> int:
@@ -57,7 +59,7 @@ class Config:
         """Build the config from `to_dict`'s result; unknown names are errors."""
         try:
             mixers = tuple(_mixer_from_dict(m) for m in data["mixers"])
-            return cls(**{**data, "mixers": mixers})
+            return cls(**{**data, "mixers": mixers, "post_norm": tuple(data.get("post_norm", ()))})
         except (KeyError, TypeError) as error:
             raise UsageError(f"not a model configuration: {error}") from error
 
@@ -74,8 +76,9 @@ def _mixer_from_dict(data: dict[str, Any]) -> MixerConfig:
 class Block(nn.Module):
     """One mixer and, unless mlp_dim is 0, one SwiGLU, each behind an RMSNorm and beside a residual."""
 
-    def __init__(self, mixer: MixerConfig, mlp_dim: int, norm_eps: float):
+    def __init__(self, mixer: MixerConfig, mlp_dim: int, norm_eps: float, post_norm: bool = False):
         super().__init__()
+        self.post_norm = post_norm
         self.mixer_norm = nn.RMSNorm(mixer.dim, eps=norm_eps)
         self.mixer = mixer.build()
         self.mlp_dim = mlp_dim
@@ -88,11 +91,12 @@ class Block(nn.Module):
         self, x: Float[Tensor, "B T D"], state: Any = None, packing: Packing | None = None
     ) -> tuple[Float[Tensor, "B T D"], Any]:
         """Return the hidden stream after the block, and the mixer's new state."""
-        y, state = self.mixer(self.mixer_norm(x), state, packing)
-        x = x + y
+        y, state = self.mixer(x if self.post_norm else self.mixer_norm(x), state, packing)
+        x = x + (self.mixer_norm(y) if self.post_norm else y)
         if self.mlp_dim:
-            gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
-            x = x + self.down(F.silu(gate) * up)
+            gate, up = self.gate_up(x if self.post_norm else self.mlp_norm(x)).chunk(2, dim=-1)
+            y = self.down(F.silu(gate) * up)
+            x = x + (self.mlp_norm(y) if self.post_norm else y)
         return x, state
 
 
@@ -107,10 +111,14 @@ class Model(nn.Module):
         mlp_dim = 256 * -(-8 * config.dim // 768) if config.mlp_dim is None else config.mlp_dim
         if mlp_dim < 0:
             raise UsageError(f"mlp_dim must be 0 (none) or a width, got {mlp_dim}")
+        if not set(config.post_norm) <= set(range(len(config.mixers))):
+            raise UsageError(f"post_norm must number some of {len(config.mixers)} blocks, got {config.post_norm}")
         self.config = config
         self.gradient_checkpointing = False  # True: training keeps each block's input only, and runs the block again
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(m, mlp_dim, config.norm_eps) for m in config.mixers)
+        self.blocks = nn.ModuleList(
+            Block(m, mlp_dim, config.norm_eps, i in config.post_norm) for i, m in enumerate(config.mixers)
+        )
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = nn.Linear(config.dim, config.num_outputs, bias=False)
 

@@ -215,7 +215,11 @@ LAYERS = [
     LayerCase("rwkv6", RWKV6Config(dim=16, heads=2)),
     LayerCase("rwkv7", RWKV7Config(dim=16, heads=2)),
     LayerCase("rwkv7-[0,1]", RWKV7Config(dim=16, heads=2, eigenvalues=(0.0, 1.0))),
+    LayerCase("gated-deltanet-wide", DeltaProductConfig(dim=16, heads=4, key_heads=2, value_dim=6, gate=True)),
     LayerCase("attention", AttentionConfig(dim=16, heads=2)),
+    LayerCase(
+        "attention-shared-no-positions", AttentionConfig(dim=16, heads=4, kv_heads=2, rotary_base=None, qk_norm=1e-6)
+    ),
     LayerCase("lstm", LSTMConfig(dim=16)),
     LayerCase("slstm", SLSTMConfig(dim=16, heads=2)),
     LayerCase("dense-rnn", DenseRNNConfig(dim=16, state_size=5)),

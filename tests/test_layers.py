@@ -113,7 +113,7 @@ OTHER = {
     "eigenvalues": (-0.5, 0.5), "norm_eps": 0.1, "backend": "reference", "state_size": 3, "expand": 3, "rank": 3,
     "rotary_base": 100.0, "dt_range": (0.5, 0.9), "beta_std": 2.0, "key_dim": 3, "gate_rank": 5, "temperature": 1.0,
     "groups": 2, "first_exponent": 1.0, "lower_bound": 0.3, "gate_cap": 0.5, "mix_rank": 5,
-    "gate_std": 2.0,
+    "gate_std": 2.0, "value_dim": 3, "key_heads": 2, "kv_heads": 2, "qk_norm": 1e-6,
 }  # fmt: skip
 OPTIONS = [(cls, f.name) for cls in MIXERS.values() for f in dataclasses.fields(cls)]
 
@@ -138,6 +138,9 @@ BAD = [
     (DeltaProductConfig(dim=16, heads=0), "heads must be a whole number of at least 1, got 0"),
     (DeltaProductConfig(dim=16, factors=0), "factors must be"),
     (DeltaProductConfig(dim=16, conv_size=-1), "conv_size must be 0"),
+    (DeltaProductConfig(dim=16, key_heads=3), "heads=4 does not divide by key_heads=3"),
+    (DeltaProductConfig(dim=16, value_dim=0), "value_dim must be"),
+    (AttentionConfig(dim=16, kv_heads=3), "heads=4 does not divide by kv_heads=3"),
     (DeltaProductConfig(dim=16, beta_std=0.0), "beta_std must be positive"),
     (DeltaProductConfig(dim=16, eigenvalues=(-2.0, 1.0)), "eigenvalues must be"),
     (MambaConfig(dim=16, eigenvalues=(1.0, 1.0)), "eigenvalues must be"),
@@ -273,3 +276,18 @@ def test_bad_packings_are_refused(bad: Tensor):
         hybrid().build()(torch.zeros(1, 6, dtype=torch.long), cu_seqlens=bad.int())
     with pytest.raises(UsageError, match="batch must be 1"):
         hybrid().build()(torch.zeros(2, 6, dtype=torch.long), cu_seqlens=torch.tensor([0, 6]))
+
+
+def test_post_norm_normalises_what_mixer_and_swiglu_return():
+    torch.manual_seed(0)
+    mixers = (AttentionConfig(dim=16), DeltaProductConfig(dim=16))
+    model = Config(vocab_size=7, num_outputs=5, mixers=mixers, mlp_dim=24, post_norm=(0,)).build().double()
+    assert [block.post_norm for block in model.blocks] == [True, False]
+    block: Any = model.blocks[0]
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    y = x + block.mixer_norm(block.mixer(x)[0])
+    gate, up = block.gate_up(y).chunk(2, dim=-1)
+    want = y + block.mlp_norm(block.down(torch.nn.functional.silu(gate) * up))
+    torch.testing.assert_close(block(x)[0], want, rtol=0, atol=1e-12)
+    with pytest.raises(UsageError, match="post_norm must number some of 2 blocks"):
+        Config(vocab_size=7, num_outputs=5, mixers=mixers, post_norm=(2,)).build()

@@ -4,7 +4,7 @@
 
 References: Vaswani et al. (arXiv 1706.03762); Su et al., RoFormer (2104.09864).
 
-Letters: B batch, T tokens, P tokens in the cache, H heads, K head width.
+Letters: B batch, T tokens, P tokens in the cache, H heads, Hk of keys and values, K head width.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statetrack.errors import UsageError
-from statetrack.layers.common import head_width, projection, rotate
+from statetrack.layers.common import check_positive, head_width, projection, rotate
 from statetrack.layers.packing import Packing, count_sequences
 
 
@@ -31,8 +31,12 @@ class AttentionConfig:
     heads: int = 4
     head_dim: int | None = None
     """width of a head; default dim / heads"""
-    rotary_base: float = 10_000.0
-    """longest rotary wavelength, in tokens over 2 pi"""
+    kv_heads: int | None = None
+    """heads of keys and values, each shared by heads / kv_heads heads of queries; default heads"""
+    rotary_base: float | None = 10_000.0
+    """longest rotary wavelength, in tokens over 2 pi; None for no positions"""
+    qk_norm: float | None = None
+    """epsilon of an RMSNorm over all queries and one over all keys (OLMo 2); default none"""
 
     def build(self) -> Attention:
         """Return the mixer."""
@@ -42,8 +46,8 @@ class AttentionConfig:
 class AttentionState(NamedTuple):
     """Keys (rotated) and values of the tokens seen so far, those of shorter sequences at the end of P."""
 
-    k: Float[Tensor, "B H P K"]
-    v: Float[Tensor, "B H P K"]
+    k: Float[Tensor, "B Hk P K"]
+    v: Float[Tensor, "B Hk P K"]
     lengths: Int[Tensor, "B"] | None = None
     """tokens seen by every sequence, where not all have seen P"""
 
@@ -55,25 +59,33 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.head_dim = head_width(config.dim, config.heads, config.head_dim)
-        if self.head_dim % 2:
+        if self.head_dim % 2 and config.rotary_base is not None:
             raise UsageError(f"rotary positions need an even head width, got {self.head_dim}")
-        inner = config.heads * self.head_dim
+        self.kv_heads = config.heads if config.kv_heads is None else config.kv_heads
+        check_positive(kv_heads=self.kv_heads)
+        if config.heads % self.kv_heads:
+            raise UsageError(f"heads={config.heads} does not divide by kv_heads={self.kv_heads}")
+        inner, shared = config.heads * self.head_dim, self.kv_heads * self.head_dim
         self.q_proj = projection(config.dim, inner)
-        self.k_proj = projection(config.dim, inner)
-        self.v_proj = projection(config.dim, inner)
+        self.k_proj = projection(config.dim, shared)
+        self.v_proj = projection(config.dim, shared)
+        eps = config.qk_norm
+        self.q_norm = nn.Identity() if eps is None else nn.RMSNorm(inner, eps=eps)
+        self.k_norm = nn.Identity() if eps is None else nn.RMSNorm(shared, eps=eps)
         self.o_proj = projection(inner, config.dim)
 
     def init_state(self, batch: int) -> AttentionState:
         """Return the state before the first token: an empty cache."""
-        empty = self.q_proj.weight.new_zeros(batch, self.config.heads, 0, self.head_dim)
+        empty = self.q_proj.weight.new_zeros(batch, self.kv_heads, 0, self.head_dim)
         return AttentionState(empty, empty)
 
     def op_inputs(self, x: Float[Tensor, "B T D"], position: Int[Tensor, "*B T"] | None = None) -> dict[str, Tensor]:
-        """Return the queries, keys and values [B H T K] of x, rotated by position (default 0, 1, ...)."""
-        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (y.unflatten(-1, (self.config.heads, self.head_dim)) for y in projected)
-        position = torch.arange(x.shape[1], device=x.device) if position is None else position
-        q, k = (rotate(y, position, self.config.rotary_base) for y in (q, k))
+        """Return the queries [B H T K], keys and values of x, rotated by position (default 0, 1, ...)."""
+        projected = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
+        if self.config.rotary_base is not None:
+            position = torch.arange(x.shape[1], device=x.device) if position is None else position
+            q, k = (rotate(y, position, self.config.rotary_base) for y in (q, k))
         return {name: y.transpose(1, 2) for name, y in (("q", q), ("k", k), ("v", v))}
 
     def forward(
@@ -92,7 +104,8 @@ class Attention(nn.Module):
         if state.lengths is None:
             return self._output(attend(inputs["q"], k, v)), AttentionState(k, v)
         real = torch.arange(past + tokens, device=x.device) >= (past - state.lengths)[:, None, None, None]
-        o = F.scaled_dot_product_attention(inputs["q"], k, v, attn_mask=real & causal_mask(inputs["q"], k))
+        mask = real & causal_mask(inputs["q"], k)
+        o = F.scaled_dot_product_attention(inputs["q"], k, v, attn_mask=mask, enable_gqa=True)
         return self._output(o), AttentionState(k, v, state.lengths + tokens)
 
     def _packed(self, x: Tensor, state: AttentionState, packing: Packing) -> tuple[Tensor, AttentionState]:
@@ -117,11 +130,11 @@ class Attention(nn.Module):
         return self.o_proj(o.transpose(1, 2).flatten(2))
 
 
-def attend(q: Float[Tensor, "B H T K"], k: Float[Tensor, "B H P K"], v: Float[Tensor, "B H P K"]) -> Tensor:
+def attend(q: Float[Tensor, "B H T K"], k: Float[Tensor, "B Hk P K"], v: Float[Tensor, "B Hk P K"]) -> Tensor:
     """Let the last T of P tokens read all up to themselves."""
     if q.shape[2] in (1, k.shape[2]):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(q, k))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(q, k), enable_gqa=True)
 
 
 def causal_mask(q: Tensor, k: Tensor) -> Bool[Tensor, "T P"]:

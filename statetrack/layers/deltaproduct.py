@@ -8,7 +8,7 @@ factors = 1 is DeltaNet, with gate=True Gated DeltaNet, with gate="key" Kimi Del
 with gate Gated DeltaProduct. References: Yang et al. (arXiv 2406.06484), Grazzi et al. eq. 2 and Table 2 (2411.12537),
 Siems et al. section 4 (2502.10297), Yang et al. (2412.06464) and Kimi Team (2510.26692) for the gates.
 
-Letters: B batch, T tokens, N factors, H heads, K = V head width, W window of the convolution, D channels.
+Letters: B batch, T tokens, N factors, H heads, Hk heads of keys, K and V head widths, W window, D channels.
 """
 
 from __future__ import annotations
@@ -45,7 +45,11 @@ class DeltaProductConfig:
     """width of the hidden stream"""
     heads: int = 4
     head_dim: int | None = None
-    """width of keys and values; default dim / heads"""
+    """width of a head's queries and keys; default dim / heads"""
+    value_dim: int | None = None
+    """width of a head's values; default that of its keys"""
+    key_heads: int | None = None
+    """heads of queries and keys, each shared by heads / key_heads heads of values; default heads"""
     factors: int = 1
     """Householder factors per token"""
     gate: bool | Literal["key"] = False
@@ -85,28 +89,32 @@ class DeltaProduct(nn.Module):
             raise UsageError(f"conv_size must be 0 (none) or a window of at least 1, got {config.conv_size}")
         self.config = config
         self.head_dim = head_width(config.dim, config.heads, config.head_dim)
-        inner = config.heads * self.head_dim
-        self.q_proj = projection(config.dim, inner)
-        self.k_proj = projection(config.dim, config.factors * inner)
-        self.v_proj = projection(config.dim, config.factors * inner)
+        self.value_dim = self.head_dim if config.value_dim is None else config.value_dim
+        self.key_heads = config.heads if config.key_heads is None else config.key_heads
+        check_positive(value_dim=self.value_dim, key_heads=self.key_heads)
+        if config.heads % self.key_heads:
+            raise UsageError(f"heads={config.heads} does not divide by key_heads={self.key_heads}")
+        keys, inner = self.key_heads * self.head_dim, config.heads * self.value_dim
+        self.sizes = [keys, config.factors * keys, config.factors * inner]  # q, k, v
+        self.q_proj, self.k_proj, self.v_proj = (projection(config.dim, size) for size in self.sizes)
         self.beta_proj = projection(config.dim, config.factors * config.heads)
         if config.beta_std is not None:
             if not 0 < config.beta_std < math.inf:
                 raise UsageError(f"beta_std must be positive and finite, got {config.beta_std}")
             nn.init.normal_(self.beta_proj.weight, std=config.beta_std * config.dim**-0.5)
-        self.conv = ShortConvolution((1 + 2 * config.factors) * inner, config.conv_size) if config.conv_size else None
+        self.conv = ShortConvolution(sum(self.sizes), config.conv_size) if config.conv_size else None
         if config.gate not in (False, True, "key"):
             raise UsageError(f'gate must be False, True (per head) or "key" (per key channel), got {config.gate!r}')
         width = self.head_dim if config.gate == "key" else None
         self.gate = ForgetGate(config.dim, config.heads, width) if config.gate else None
         self.output_gate = projection(config.dim, inner) if config.output_gate else None
-        self.norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+        self.norm = nn.RMSNorm(self.value_dim, eps=config.norm_eps)
         self.o_proj = projection(inner, config.dim)
 
     def init_state(self, batch: int) -> DeltaProductState:
         """Return the state before the first token: zeros."""
         conv = None if self.conv is None else self.conv.init_state(batch)
-        memory = zero_memory(self.q_proj.weight, batch, self.config.heads, self.head_dim, self.head_dim)
+        memory = zero_memory(self.q_proj.weight, batch, self.config.heads, self.head_dim, self.value_dim)
         return DeltaProductState(conv, memory)
 
     def op_inputs(self, x: Float[Tensor, "B T D"]) -> dict[str, Any]:
@@ -128,16 +136,16 @@ class DeltaProduct(nn.Module):
     def _op_inputs(
         self, x: Tensor, conv: Tensor | None, packing: Packing | None
     ) -> tuple[dict[str, Any], Tensor | None]:
-        N, H, K = self.config.factors, self.config.heads, self.head_dim
+        N, H, Hk, K = self.config.factors, self.config.heads, self.key_heads, self.head_dim
         lo, hi = self.config.eigenvalues
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         qkv, conv = (F.silu(qkv), None) if self.conv is None else self.conv(qkv, conv, packing)
-        q, k, v = qkv.split([H * K, N * H * K, N * H * K], dim=-1)
+        q, k, v = qkv.split(self.sizes, dim=-1)
         beta = precise(self.beta_proj(x))
         inputs = {
-            "q": F.normalize(q.unflatten(-1, (H, K)), dim=-1).to(k.dtype),  # autocast normalises in float32
-            "k": k.unflatten(-1, (N, H, K)),
-            "v": v.unflatten(-1, (N, H, K)),
+            "q": F.normalize(q.unflatten(-1, (Hk, K)), dim=-1).to(k.dtype),  # autocast normalises in float32
+            "k": k.unflatten(-1, (N, Hk, K)),
+            "v": v.unflatten(-1, (N, H, self.value_dim)),
             "beta": (1 - hi) + (hi - lo) * beta.sigmoid().unflatten(-1, (N, H)),
         }
         if self.gate is not None:

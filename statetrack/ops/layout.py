@@ -21,8 +21,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 def untraced(function: F) -> F:
     """Return `function` such that torch.compile calls it as it is.
 
-    Traced through (torch 2.13), an autograd.Function that works in place gives wrong gradients. torch._dynamo takes more
-    than a second to import, so it is not imported for those who never compile.
+    Traced through (torch 2.13), an autograd.Function that works in place gives wrong gradients. torch._dynamo takes
+    more than a second to import, so it is not imported for those who never compile.
     """
     disabled: list[Any] = []
 
