@@ -1,0 +1,1 @@
+"""Language modelling: text to packed tokens, training with transformers' Trainer, evaluation, generation."""
