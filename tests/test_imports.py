@@ -23,7 +23,7 @@ ALLOWED = {
     "compiler": {"automata", "ops", "layers", "model", "plots", "runs"},
 }
 # Parts that only work with an extra, and that nothing imports when loaded.
-NEEDS = {"hf": {"transformers"}}
+NEEDS = {"statetrack.hf": {"transformers"}, "statetrack.lm.trainer": {"transformers"}}
 BASE = {"torch", "numpy", "jaxtyping", "tyro", "rich", "matplotlib", "safetensors", "sympy"}
 
 
@@ -33,6 +33,10 @@ def modules() -> list[Path]:
 
 def part_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
 
 
 def imported(tree: ast.AST) -> list[tuple[str, bool]]:
@@ -61,14 +65,13 @@ def test_imports_point_down(path: Path):
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_extras_are_imported_only_where_needed(path: Path):
-    known = BASE | {"statetrack", "recipes"} | set(sys.stdlib_module_names) | NEEDS.get(part_of(path), set())
+    known = BASE | {"statetrack", "recipes"} | set(sys.stdlib_module_names) | NEEDS.get(module_of(path), set())
     kernels = path.name.startswith("triton")
     for name, at_top in imported(ast.parse(path.read_text())):
         needs_triton = name.split(".")[0] == "triton" or name.split(".")[-1].startswith("triton")
         if at_top and not (kernels and needs_triton):
             assert name.split(".")[0] in known, f"{path.name} imports {name} when loaded; the base install lacks it"
-            parts = name.split(".")
-            assert parts[0] != "statetrack" or len(parts) == 1 or parts[1] not in NEEDS, f"{path.name} imports {name}"
+            assert name not in NEEDS or module_of(path) in NEEDS, f"{path.name} imports {name} when loaded"
             assert not needs_triton, f"{path.name} imports {name} when loaded; only where a GPU kernel is chosen"
 
 
