@@ -21,13 +21,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 def untraced(function: F) -> F:
     """Return `function` such that torch.compile calls it as it is.
 
-<<<<<<< HEAD
     Traced through (torch 2.13), an autograd.Function that works in place gives wrong gradients. torch._dynamo takes
     more than a second to import, so it is not imported for those who never compile.
-=======
-    Traced (torch 2.13), an autograd.Function that works in place gives wrong gradients. torch._dynamo takes more
-    than a second to import, so it is not imported for those who never compile.
->>>>>>> 53d5faa (Language models' data: sources, tokenizers, tokens on disk, documents packed into rows)
     """
     disabled: list[Any] = []
 
