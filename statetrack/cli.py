@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 import statetrack
+from statetrack.checkpoint_verbs import ConvertArguments
 from statetrack.errors import UsageError
 
 MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -264,6 +265,7 @@ Arguments = (
     | Annotated[ExplainArguments, tyro.conf.subcommand("explain")]
     | Annotated[CompileArguments, tyro.conf.subcommand("compile")]
     | Annotated[RunArguments, tyro.conf.subcommand("run")]
+    | Annotated[ConvertArguments, tyro.conf.subcommand("convert")]
     | Annotated[TasksArguments, tyro.conf.subcommand("tasks")]
 )
 VERBS = {
@@ -275,6 +277,7 @@ VERBS = {
     ExplainArguments: "explain",
     CompileArguments: "compile",
     RunArguments: "run",
+    ConvertArguments: "convert",
     TasksArguments: "tasks",
 }
 """The function in `statetrack.verbs` that does what the arguments say."""

@@ -64,6 +64,11 @@ class Config:
             raise UsageError(f"not a model configuration: {error}") from error
 
 
+def mlp_width(config: Config) -> int:
+    """Return the hidden width of every SwiGLU, 0 for none."""
+    return 256 * -(-8 * config.dim // 768) if config.mlp_dim is None else config.mlp_dim
+
+
 def _mixer_from_dict(data: dict[str, Any]) -> MixerConfig:
     data = dict(data)
     name = data.pop("mixer")
@@ -108,7 +113,7 @@ class Model(nn.Module):
         if not config.mixers or len({m.dim for m in config.mixers}) > 1:
             raise UsageError(f"mixers must be at least one, of one dim; got dims {[m.dim for m in config.mixers]}")
         check_positive(vocab_size=config.vocab_size, num_outputs=config.num_outputs)
-        mlp_dim = 256 * -(-8 * config.dim // 768) if config.mlp_dim is None else config.mlp_dim
+        mlp_dim = mlp_width(config)
         if mlp_dim < 0:
             raise UsageError(f"mlp_dim must be 0 (none) or a width, got {mlp_dim}")
         if not set(config.post_norm) <= set(range(len(config.mixers))):

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
+from statetrack.checkpoint_verbs import convert as convert
 from statetrack.cli import (
     MIXERS,
     CompileArguments,

@@ -18,12 +18,19 @@ ALLOWED = {
     "model": {"layers"},
     "loss": set(),
     "hf": {"layers", "loss", "model"},
+    "convert": {"artifact", "hf", "layers", "model", "runs", "train"},
     "automata": set(),
     "tasks": {"automata"},
     "compiler": {"automata", "ops", "layers", "model", "plots", "runs"},
 }
 # Parts that only work with an extra, and that nothing imports when loaded.
-NEEDS = {"statetrack.hf": {"transformers"}, "statetrack.lm.trainer": {"transformers"}}
+NEEDS = {
+    "statetrack.hf": {"transformers"},
+    "statetrack.lm.trainer": {"transformers"},
+    "statetrack.convert": set(),
+    "statetrack.convert.fla": set(),
+    "statetrack.convert.olmo_hybrid": set(),
+}
 BASE = {"torch", "numpy", "jaxtyping", "tyro", "rich", "matplotlib", "safetensors", "sympy"}
 
 
@@ -36,7 +43,7 @@ def part_of(path: Path) -> str:
 
 
 def module_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
+    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imported(tree: ast.AST) -> list[tuple[str, bool]]:

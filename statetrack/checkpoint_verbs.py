@@ -1,0 +1,47 @@
+"""Verbs about language models' checkpoints: their arguments, and what they do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from statetrack.errors import require
+
+Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR|HUB_NAME")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertArguments:
+    """statetrack convert fla-hub/delta_net-1.3B-100B --to statetrack --out delta_net
+
+    Convert a checkpoint: DeltaNet, Gated DeltaNet and Gated DeltaProduct of flash-linear-attention, olmo_hybrid of
+    transformers, and ours, each to each. Runs of `statetrack train` and compiled automata become ours.
+    """
+
+    source: Source
+    """directory with a checkpoint, or its name on the hub"""
+    to: Literal["statetrack", "delta_net", "gated_deltanet", "gated_deltaproduct", "olmo_hybrid"]
+    """format to write"""
+    out: Path
+    """directory to write"""
+    force: bool = False
+    """replace the checkpoint that is there"""
+
+
+def convert(a: ConvertArguments) -> None:
+    """Convert a checkpoint."""
+    require("transformers", "hf")
+    from statetrack.convert import convert as run
+
+    run(a.source, a.to, a.out, a.force)
+    print(f"wrote {a.out}; in Python: {_opening(a.to)}.from_pretrained({str(a.out)!r})")
+
+
+def _opening(to: str) -> str:
+    if to == "statetrack":
+        return "from statetrack.hf import StateTrackForCausalLM; StateTrackForCausalLM"
+    library = "" if to == "olmo_hybrid" else "import fla; "
+    return f"{library}from transformers import AutoModelForCausalLM; AutoModelForCausalLM"
