@@ -18,12 +18,12 @@ if find_spec("triton") is None:
 
 
 class AsWritten(PathFinder):
-    """Import kernels without checks of shapes: Triton compiles their source."""
+    """Import kernels without checks of shapes: Triton and Numba compile their source."""
 
     @classmethod
     def find_spec(cls, fullname, path=None, target=None):
         """Find a module of kernels; leave others to the finders that follow."""
-        kernels = fullname.startswith("statetrack.") and ".triton" in fullname
+        kernels = fullname.startswith("statetrack.") and (".triton" in fullname or ".numba" in fullname)
         return super().find_spec(fullname, path, target) if kernels else None
 
 

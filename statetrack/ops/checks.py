@@ -10,10 +10,11 @@ from torch import Tensor
 
 from statetrack.errors import UsageError
 
-BACKENDS = ("auto", "reference", "chunk", "triton")
+BACKENDS = ("auto", "reference", "chunk", "triton", "numba")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 TRITON_INSTALLED = find_spec("triton") is not None
+NUMBA_INSTALLED = find_spec("numba") is not None
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on CPU tensors: slow, for tests
 
 
@@ -23,6 +24,15 @@ def check_backend(backend: str, available: tuple[str, ...]) -> None:
         raise UsageError(f"backend={backend!r} is unknown; accepted: {', '.join(BACKENDS)}")
     if backend != "auto" and backend not in available:
         raise UsageError(f"backend={backend!r} is not available for this op; available: {', '.join(available)}")
+
+
+def not_for_numba(x: Tensor) -> str | None:
+    """Return why the kernels compiled by Numba cannot run on such a tensor, or None if they can."""
+    if not NUMBA_INSTALLED:
+        return "needs Numba, which is not installed (pip install 'statetrack[cpu]')"
+    if x.device.type != "cpu":
+        return f"needs tensors on the CPU, got {x.device}"
+    return None
 
 
 def check_tensors(**tensors: Tensor | None) -> None:

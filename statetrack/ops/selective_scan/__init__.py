@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from statetrack.errors import UsageError
-from statetrack.ops.checks import check_backend, check_shape, check_tensors, sequence_lengths
+from statetrack.ops.checks import check_backend, check_shape, check_tensors, not_for_numba, sequence_lengths
 from statetrack.ops.selective_scan.chunk import selective_scan_chunk
 from statetrack.ops.selective_scan.reference import selective_scan_reference
 
@@ -46,7 +46,8 @@ def selective_scan(
         eigenvalues: range (lo, hi) of the transition, -1 <= lo < hi <= 1.
         initial_state: state before the first token, one per sequence (S = B, or the number of packed sequences).
         cu_seqlens: offsets [0, ..., T] of sequences packed along T; needs B = 1.
-        backend: "reference" (the definition), "chunk" (fast, CPU and GPU) or "auto".
+        backend: "reference" (the definition), "chunk" (fast, CPU and GPU), "numba" (compiled, CPU only, faster) or
+            "auto": "numba" on a CPU where it is installed, else "chunk"; a single token by the definition.
 
     Returns:
         y in the dtype of u, and the state after each sequence's last token in float32 (float64 for float64 inputs).
@@ -54,7 +55,7 @@ def selective_scan(
     Raises:
         UsageError: a shape, dtype, device, range, cu_seqlens or backend that does not fit.
     """
-    check_backend(backend, ("reference", "chunk"))
+    check_backend(backend, ("reference", "chunk", "numba"))
     check_tensors(u=u, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state)
     lo, hi = eigenvalues
     if not -1 <= lo < hi <= 1:
@@ -71,6 +72,14 @@ def selective_scan(
         cast = (u.to(compute), dt.to(compute), A, B.to(compute), C.to(compute), D)
         y, state = selective_scan_reference(*cast, eigenvalues, initial_state, lengths)
         return y.to(u.dtype), state
+    if backend in ("auto", "numba"):
+        reason = not_for_numba(u)
+        if reason is None:
+            from statetrack.ops.selective_scan.numba import selective_scan_numba
+
+            return selective_scan_numba(u, dt, A, B, C, D, eigenvalues, initial_state, lengths)
+        if backend == "numba":
+            raise UsageError(f'backend="numba" {reason}; use backend="chunk"')
     return selective_scan_chunk(u, dt, A, B, C, D, eigenvalues, initial_state, lengths)
 
 
