@@ -35,7 +35,7 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 # Of fla-core and mamba-ssm only one source file each is read, so their archives are not installed.
 $(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/peers.txt | $(VENV)/bin/python
 	$(PYTHON) -m venv $(BENCH)
-	$(BENCH)/bin/pip install -q -c constraints.txt -e . -r benchmarks/peers.txt setuptools
+	$(BENCH)/bin/pip install -q -c constraints.txt -e '.[cpu]' -r benchmarks/peers.txt setuptools
 	$(BENCH)/bin/pip download -q --no-deps -d $(BENCH)/peers fla-core==0.6.0
 	MAMBA_SKIP_CUDA_BUILD=TRUE $(BENCH)/bin/pip download -q --no-deps --no-build-isolation --no-binary :all: \
 		-d $(BENCH)/peers mamba-ssm==2.2.6.post3

@@ -58,7 +58,7 @@ def delta_rule_ours(**x: Any) -> Tensor:
 
 def selective_scan_ours(eigenvalues: tuple[float, float] = (-1.0, 1.0), **x: Any) -> Tensor:
     """Apply our selective scan."""
-    return selective_scan(**x, eigenvalues=eigenvalues, backend="chunk")[0]
+    return selective_scan(**x, eigenvalues=eigenvalues, backend="numba")[0]
 
 
 def implementations(op: str, archives: Path) -> dict[str, Op]:

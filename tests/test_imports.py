@@ -24,7 +24,6 @@ ALLOWED = {
     "compiler": {"automata", "ops", "layers", "model", "plots", "runs"},
 }
 # Parts that only work with an extra, and that nothing imports when loaded.
-<<<<<<< HEAD
 NEEDS = {
     "statetrack.hf": {"transformers"},
     "statetrack.lm.trainer": {"transformers"},
@@ -32,10 +31,7 @@ NEEDS = {
     "statetrack.convert.fla": set(),
     "statetrack.convert.olmo_hybrid": set(),
 }
-=======
-NEEDS = {"hf": {"transformers"}}
 COMPILERS = ("triton", "numba")  # modules so named hold kernels, and are imported where one is chosen
->>>>>>> 0eb5920 (wip)
 BASE = {"torch", "numpy", "jaxtyping", "tyro", "rich", "matplotlib", "safetensors", "sympy"}
 
 
@@ -77,25 +73,14 @@ def test_imports_point_down(path: Path):
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_extras_are_imported_only_where_needed(path: Path):
-<<<<<<< HEAD
     known = BASE | {"statetrack", "recipes"} | set(sys.stdlib_module_names) | NEEDS.get(module_of(path), set())
-    kernels = path.name.startswith("triton")
-=======
-    known = BASE | {"statetrack", "recipes"} | set(sys.stdlib_module_names) | NEEDS.get(part_of(path), set())
     kernels = path.name.startswith(COMPILERS)
->>>>>>> 0eb5920 (wip)
     for name, at_top in imported(ast.parse(path.read_text())):
         needs_compiler = name.split(".")[0] in COMPILERS or name.split(".")[-1].startswith(COMPILERS)
         if at_top and not (kernels and needs_compiler):
             assert name.split(".")[0] in known, f"{path.name} imports {name} when loaded; the base install lacks it"
-<<<<<<< HEAD
             assert name not in NEEDS or module_of(path) in NEEDS, f"{path.name} imports {name} when loaded"
-            assert not needs_triton, f"{path.name} imports {name} when loaded; only where a GPU kernel is chosen"
-=======
-            parts = name.split(".")
-            assert parts[0] != "statetrack" or len(parts) == 1 or parts[1] not in NEEDS, f"{path.name} imports {name}"
             assert not needs_compiler, f"{path.name} imports {name} when loaded; only where a kernel is chosen"
->>>>>>> 0eb5920 (wip)
 
 
 def test_the_check_sees_an_upward_import():

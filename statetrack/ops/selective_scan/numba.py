@@ -56,9 +56,9 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, d_final):  # pyright: ignore[reportIncompatibleMethodOverride]
-        u, dt, A, B, C, D, initial_state = given = ctx.saved_tensors
+        u, dt, A, B, C, D, initial_state = ctx.saved_tensors
         sequences, parts = len(ctx.lengths), -(-A.shape[0] // _width(A, ctx.lengths))
-        items, inputs = _arguments(*given[:-1], ctx.eigenvalues, initial_state, ctx.lengths)
+        items, inputs = _arguments(u, dt, A, B, C, D, ctx.eigenvalues, initial_state, ctx.lengths)
         du, d_dt, d_initial = (torch.empty(x.shape, dtype=A.dtype) for x in (u, dt, d_final))
         dB, dC = (torch.empty(parts, *B.shape, dtype=A.dtype) for _ in range(2))
         dA, dD = (A.new_empty(sequences, *shape) for shape in (A.mT.shape, D.shape))
@@ -138,7 +138,8 @@ def _forward(first, last, width, offsets, u, dt, B, C, A, D, eigenvalues, initia
 
 @kernel
 def _backward(
-    first, last, width, offsets, u, dt, B, C, A, D, eigenvalues, initial, dy, d_final, du, d_dt, dA, dB, dC, dD, d_initial
+    first, last, width, offsets, u, dt, B, C, A, D, eigenvalues, initial, dy, d_final,
+    du, d_dt, dA, dB, dC, dD, d_initial,
 ):  # fmt: skip
     """Write the gradients: dA [S M D], dB and dC [P T M], dD [S D], the others in the shapes of what they belong to."""
     (channels, M), S, longest = A.shape, len(initial), np.max(offsets[1:] - offsets[:-1])
