@@ -31,6 +31,22 @@ class ConvertArguments:
     """replace the checkpoint that is there"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class UnlockArguments:
+    """statetrack unlock fla-hub/delta_net-1.3B-100B --out unlocked
+
+    Open the range of the eigenvalues from [0, 1] to [-1, 1]: the same function at first, ready for further training,
+    in which every head learns how far below 0 its eigenvalues go. Reads what `statetrack convert` reads.
+    """
+
+    source: Source
+    """directory with a checkpoint, or its name on the hub"""
+    out: Path
+    """directory to write, in our format"""
+    force: bool = False
+    """replace the checkpoint that is there"""
+
+
 def convert(a: ConvertArguments) -> None:
     """Convert a checkpoint."""
     require("transformers", "hf")
@@ -38,6 +54,18 @@ def convert(a: ConvertArguments) -> None:
 
     run(a.source, a.to, a.out, a.force)
     print(f"wrote {a.out}; in Python: {_opening(a.to)}.from_pretrained({str(a.out)!r})")
+
+
+def unlock(a: UnlockArguments) -> None:
+    """Unlock a checkpoint."""
+    require("transformers", "hf")
+    from statetrack.unlock import unlock as run
+
+    layers = run(a.source, a.out, a.force)
+    print(
+        f"wrote {a.out}; {layers} layers learn the lower end of their range; in Python: {_opening('statetrack')}"
+        f".from_pretrained({str(a.out)!r})"
+    )
 
 
 def _opening(to: str) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 import statetrack
-from statetrack.checkpoint_verbs import ConvertArguments
+from statetrack.checkpoint_verbs import ConvertArguments, UnlockArguments
 from statetrack.errors import UsageError
 
 MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -266,6 +266,7 @@ Arguments = (
     | Annotated[CompileArguments, tyro.conf.subcommand("compile")]
     | Annotated[RunArguments, tyro.conf.subcommand("run")]
     | Annotated[ConvertArguments, tyro.conf.subcommand("convert")]
+    | Annotated[UnlockArguments, tyro.conf.subcommand("unlock")]
     | Annotated[TasksArguments, tyro.conf.subcommand("tasks")]
 )
 VERBS = {
@@ -278,6 +279,7 @@ VERBS = {
     CompileArguments: "compile",
     RunArguments: "run",
     ConvertArguments: "convert",
+    UnlockArguments: "unlock",
     TasksArguments: "tasks",
 }
 """The function in `statetrack.verbs` that does what the arguments say."""

@@ -218,6 +218,13 @@ LAYERS = [
     LayerCase("rwkv7", RWKV7Config(dim=16, heads=2)),
     LayerCase("rwkv7-[0,1]", RWKV7Config(dim=16, heads=2, eigenvalues=(0.0, 1.0))),
     LayerCase("gated-deltanet-wide", DeltaProductConfig(dim=16, heads=4, key_heads=2, value_dim=6, gate=True)),
+    LayerCase("deltanet-learned-low", DeltaProductConfig(dim=16, heads=2, learned_low=True)),
+    LayerCase("gla-learned-low", GLAConfig(dim=16, heads=2, learned_low=True)),
+    LayerCase("mamba2-learned-low", Mamba2Config(dim=12, heads=2, state_size=4, learned_low=True)),
+    LayerCase("hgrn2-learned-low", HGRN2Config(dim=16, heads=2, learned_low=True)),
+    LayerCase("mlstm-learned-low", MLSTMConfig(dim=16, heads=2, learned_low=True)),
+    LayerCase("rwkv6-learned-low", RWKV6Config(dim=16, heads=2, learned_low=True)),
+    LayerCase("rwkv7-learned-low", RWKV7Config(dim=16, heads=2, learned_low=True)),
     LayerCase("attention", AttentionConfig(dim=16, heads=2)),
     LayerCase(
         "attention-shared-no-positions", AttentionConfig(dim=16, heads=4, kv_heads=2, rotary_base=None, qk_norm=1e-6)

@@ -18,6 +18,7 @@ ALLOWED = {
     "model": {"layers"},
     "loss": set(),
     "hf": {"layers", "loss", "model"},
+    "unlock": {"convert", "hf"},
     "convert": {"artifact", "hf", "layers", "model", "runs", "train"},
     "automata": set(),
     "tasks": {"automata"},
@@ -30,6 +31,7 @@ NEEDS = {
     "statetrack.convert": set(),
     "statetrack.convert.fla": set(),
     "statetrack.convert.olmo_hybrid": set(),
+    "statetrack.unlock": set(),
 }
 COMPILERS = ("triton", "numba")  # modules so named hold kernels, and are imported where one is chosen
 BASE = {"torch", "numpy", "jaxtyping", "tyro", "rich", "matplotlib", "safetensors", "sympy"}

@@ -113,7 +113,7 @@ OTHER = {
     "eigenvalues": (-0.5, 0.5), "norm_eps": 0.1, "backend": "reference", "state_size": 3, "expand": 3, "rank": 3,
     "rotary_base": 100.0, "dt_range": (0.5, 0.9), "beta_std": 2.0, "key_dim": 3, "gate_rank": 5, "temperature": 1.0,
     "groups": 2, "first_exponent": 1.0, "lower_bound": 0.3, "gate_cap": 0.5, "mix_rank": 5,
-    "gate_std": 2.0, "value_dim": 3, "key_heads": 2, "kv_heads": 2, "qk_norm": 1e-6,
+    "gate_std": 2.0, "value_dim": 3, "key_heads": 2, "kv_heads": 2, "qk_norm": 1e-6, "learned_low": True,
 }  # fmt: skip
 OPTIONS = [(cls, f.name) for cls in MIXERS.values() for f in dataclasses.fields(cls)]
 

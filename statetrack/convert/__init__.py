@@ -65,7 +65,7 @@ def convert(source: str | Path, to: str, out: Path, force: bool = False) -> None
     """
     if to not in FORMATS:
         raise UsageError(f"format {to!r} is unknown; accepted: {', '.join(FORMATS)}")
-    _check_free(out, force)
+    check_free(out, force)
     write(read(source), to, out, force)
 
 
@@ -124,7 +124,7 @@ def write(checkpoint: Checkpoint, to: str, out: Path, force: bool = False) -> No
         settings |= {name: getattr(config, name, None) for name in CARRIED}
         settings["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
         weights = write_all(FOREIGN[to].keys(config), weights)
-    _check_free(out, force)
+    check_free(out, force)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -141,7 +141,7 @@ def write(checkpoint: Checkpoint, to: str, out: Path, force: bool = False) -> No
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_free(out: Path, force: bool) -> None:
+def check_free(out: Path, force: bool) -> None:
     """Refuse to write over something: with force only over a checkpoint."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return

@@ -115,7 +115,7 @@ def write_config(ours: StateTrackConfig, kind: str) -> dict[str, Any]:
         "gated_deltanet": m.factors == 1 and m.gate is True,
         "gated_deltaproduct": m.gate != "key" and key_heads == m.heads,
     }
-    if not fits[kind] or m.eigenvalues not in ((-1, 1), (0, 1)) or m.norm_eps != config.norm_eps:
+    if not fits[kind] or m.learned_low or m.eigenvalues not in ((-1, 1), (0, 1)) or m.norm_eps != config.norm_eps:
         raise UsageError(f"{kind} cannot express {m} in blocks with norm_eps={config.norm_eps}")
     theirs = {
         "model_type": kind,

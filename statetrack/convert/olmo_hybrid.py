@@ -81,7 +81,7 @@ def write_config(ours: StateTrackConfig, kind: str) -> dict[str, Any]:
     m, a = deltas.pop(), attentions.pop()
     key = m.head_dim or config.dim // m.heads
     fits = m.factors == 1 and m.gate is True and m.output_gate and m.conv_size and m.norm_eps == OUTPUT_NORM_EPS
-    if not fits or m.eigenvalues not in ((-1, 1), (0, 1)):
+    if not fits or m.learned_low or m.eigenvalues not in ((-1, 1), (0, 1)):
         raise UsageError(f"{kind} cannot express {m}")
     if a.qk_norm != config.norm_eps or (a.head_dim or config.dim // a.heads) * a.heads != config.dim:
         raise UsageError(f"{kind} cannot express {a} in blocks with norm_eps={config.norm_eps}")

@@ -30,6 +30,19 @@ def check_eigenvalues(eigenvalues: tuple[float, float]) -> None:
         raise UsageError(f"eigenvalues must be (lo, hi) with -1 <= lo < hi <= 1, got {tuple(eigenvalues)}")
 
 
+def learned_low(learned: bool, heads: int) -> nn.Parameter | None:
+    """Return the parameter of a learned lower end, one number per head, or None where the end is fixed."""
+    return no_weight_decay(nn.Parameter(torch.zeros(heads))) if learned else None
+
+
+def eigenvalue_range(
+    eigenvalues: tuple[float, float], low: Float[Tensor, "*H"] | None
+) -> tuple[float | Float[Tensor, "*H"], float]:
+    """Return (lo, hi); a learned lower end is lo tanh(low) per head: 0 at the start, and never beyond lo."""
+    lo, hi = eigenvalues
+    return (lo if low is None else lo * precise(low).tanh()), hi
+
+
 def head_width(dim: int, heads: int, head_dim: int | None) -> int:
     """Return the width of a head: head_dim, or dim divided by heads."""
     check_positive(dim=dim, heads=heads)

@@ -28,7 +28,9 @@ from statetrack.layers.common import (
     ShortConvolution,
     check_eigenvalues,
     check_positive,
+    eigenvalue_range,
     head_width,
+    learned_low,
     precise,
     projection,
     zero_memory,
@@ -60,6 +62,8 @@ class DeltaProductConfig:
     """multiply the normalised output by silu(W x)"""
     eigenvalues: tuple[float, float] = (-1.0, 1.0)
     """range of the data-dependent eigenvalue of a factor"""
+    learned_low: bool = False
+    """learn the range's lower end per head: it starts at 0 and cannot pass eigenvalues[0]"""
     beta_std: float | None = None
     """standard deviation of beta's logits at the start; default DeltaNet's, near 0.2 and so every eigenvalue near the
     middle of its range, where a small model may wait long before it begins to track; 2 spreads them over the range"""
@@ -98,6 +102,7 @@ class DeltaProduct(nn.Module):
         self.sizes = [keys, config.factors * keys, config.factors * inner]  # q, k, v
         self.q_proj, self.k_proj, self.v_proj = (projection(config.dim, size) for size in self.sizes)
         self.beta_proj = projection(config.dim, config.factors * config.heads)
+        self.low = learned_low(config.learned_low, config.heads)
         if config.beta_std is not None:
             if not 0 < config.beta_std < math.inf:
                 raise UsageError(f"beta_std must be positive and finite, got {config.beta_std}")
@@ -137,7 +142,7 @@ class DeltaProduct(nn.Module):
         self, x: Tensor, conv: Tensor | None, packing: Packing | None
     ) -> tuple[dict[str, Any], Tensor | None]:
         N, H, Hk, K = self.config.factors, self.config.heads, self.key_heads, self.head_dim
-        lo, hi = self.config.eigenvalues
+        lo, hi = eigenvalue_range(self.config.eigenvalues, self.low)
         qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
         qkv, conv = (F.silu(qkv), None) if self.conv is None else self.conv(qkv, conv, packing)
         q, k, v = qkv.split(self.sizes, dim=-1)

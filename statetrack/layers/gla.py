@@ -27,7 +27,9 @@ from statetrack.layers.common import (
     MemoryState,
     check_eigenvalues,
     check_positive,
+    eigenvalue_range,
     head_width,
+    learned_low,
     precise,
     projection,
     spread_logits,
@@ -56,6 +58,8 @@ class GLAConfig:
     """standard deviation of the gate's logits at the start; default the published initialisation, near 0.3"""
     eigenvalues: tuple[float, float] = (-1.0, 1.0)
     """range of the transition's eigenvalues"""
+    learned_low: bool = False
+    """learn the range's lower end per head: it starts at 0 and cannot pass eigenvalues[0]"""
     norm_eps: float = 1e-6
     backend: str = "auto"
 
@@ -81,6 +85,7 @@ class GLA(nn.Module):
         self.v_proj = projection(config.dim, H * self.head_dim)
         self.decay_proj = LowRank(config.dim, config.gate_rank, H * self.key_dim)
         spread_logits(config.gate_std, self.decay_proj.down.weight, self.decay_proj.up.weight)
+        self.low = learned_low(config.learned_low, H)
         self.output_gate = nn.Linear(config.dim, H * self.head_dim)
         self.norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
         self.o_proj = projection(H * self.head_dim, config.dim)
@@ -91,7 +96,7 @@ class GLA(nn.Module):
 
     def op_inputs(self, x: Float[Tensor, "B T D"]) -> dict[str, Any]:
         """Return the arguments that `gated_linear_attention` gets for x."""
-        lo, hi = self.config.eigenvalues
+        lo, hi = eigenvalue_range(self.config.eigenvalues, None if self.low is None else self.low[:, None])
         logits = precise(self.decay_proj(x)).unflatten(-1, (self.config.heads, self.key_dim))
         return {
             "q": self.q_proj(x).unflatten(-1, (self.config.heads, self.key_dim)),

@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statetrack.errors import UsageError
-from statetrack.layers.common import MemoryState, check_eigenvalues, head_width, precise, projection, zero_memory
+from statetrack.layers.common import (
+    MemoryState,
+    check_eigenvalues,
+    eigenvalue_range,
+    head_width,
+    learned_low,
+    precise,
+    projection,
+    zero_memory,
+)
 from statetrack.layers.packing import Packing, offsets
 from statetrack.ops import gated_linear_attention
 
@@ -38,6 +47,8 @@ class HGRN2Config:
     """b, the least that the forget gate s lets through; upper layers are given larger ones"""
     eigenvalues: tuple[float, float] = (-1.0, 1.0)
     """range of the transition's eigenvalues, reached with lower_bound 0"""
+    learned_low: bool = False
+    """learn the range's lower end per head: it starts at 0 and cannot pass eigenvalues[0]"""
     norm_eps: float = 1e-6
     backend: str = "auto"
 
@@ -60,6 +71,7 @@ class HGRN2(nn.Module):
         self.q_proj = projection(config.dim, inner)
         self.f_proj = projection(config.dim, inner)
         self.v_proj = projection(config.dim, inner)
+        self.low = learned_low(config.learned_low, config.heads)
         self.norm = nn.RMSNorm(inner, eps=config.norm_eps)
         self.o_proj = projection(inner, config.dim)
 
@@ -69,7 +81,8 @@ class HGRN2(nn.Module):
 
     def op_inputs(self, x: Float[Tensor, "B T D"]) -> dict[str, Any]:
         """Return the arguments that `gated_linear_attention` gets for x."""
-        (lo, hi), b = self.config.eigenvalues, self.config.lower_bound
+        lo, hi = eigenvalue_range(self.config.eigenvalues, None if self.low is None else self.low[:, None])
+        b = self.config.lower_bound
         heads = (self.config.heads, self.head_dim)
         logits, v = precise(self.f_proj(x)).unflatten(-1, heads), self.v_proj(x).unflatten(-1, heads)
         return {

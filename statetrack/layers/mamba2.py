@@ -24,7 +24,9 @@ from statetrack.layers.common import (
     ShortConvolution,
     check_eigenvalues,
     check_positive,
+    eigenvalue_range,
     head_width,
+    learned_low,
     precise,
     spread_logits,
     time_step_bias,
@@ -57,6 +59,8 @@ class Mamba2Config:
     """standard deviation of dt's logits at the start; default the published initialisation, near 0.6"""
     eigenvalues: tuple[float, float] = (-1.0, 1.0)
     """range of the transition's eigenvalues"""
+    learned_low: bool = False
+    """learn the range's lower end per head: it starts at 0 and cannot pass eigenvalues[0]"""
     norm_eps: float = 1e-6
     backend: str = "auto"
 
@@ -95,6 +99,7 @@ class Mamba2(nn.Module):
         self.A_log = nn.Parameter(torch.empty(H).uniform_(1, 16).log_())
         self.dt_bias = nn.Parameter(time_step_bias(H, *config.dt_range))
         self.D = nn.Parameter(torch.ones(H))
+        self.low = learned_low(config.learned_low, H)
         self.norm = nn.RMSNorm(self.inner, eps=config.norm_eps)
         self.out_proj = nn.Linear(self.inner, config.dim, bias=False)
 
@@ -123,7 +128,7 @@ class Mamba2(nn.Module):
     def _op_inputs(
         self, x: Tensor, conv: Tensor | None, packing: Packing | None
     ) -> tuple[dict[str, Any], Tensor, Tensor, Tensor | None]:
-        lo, hi = self.config.eigenvalues
+        lo, hi = eigenvalue_range(self.config.eigenvalues, self.low)
         z, uBC, dt = self.in_proj(x).split([self.inner, sum(self.sizes), self.config.heads], dim=-1)
         uBC, conv = (F.silu(uBC), None) if self.conv is None else self.conv(uBC, conv, packing)
         u, B, C = uBC.split(self.sizes, dim=-1)

@@ -28,7 +28,9 @@ from statetrack.errors import UsageError
 from statetrack.layers.common import (
     check_eigenvalues,
     check_positive,
+    eigenvalue_range,
     head_width,
+    learned_low,
     precise,
     projection,
     spread_logits,
@@ -55,6 +57,8 @@ class MLSTMConfig:
     """standard deviation of the forget gate's logits at the start; default torch's, near 0.6"""
     eigenvalues: tuple[float, float] = (-1.0, 1.0)
     """range of the forget gate, the transition's eigenvalue"""
+    learned_low: bool = False
+    """learn the range's lower end per head: it starts at 0 and cannot pass eigenvalues[0]"""
     norm_eps: float = 1e-6
     backend: str = "auto"
 
@@ -90,6 +94,7 @@ class MLSTM(nn.Module):
         with torch.no_grad():
             self.gates.bias[:H] = 0
             self.gates.bias[H:] = torch.linspace(3, 6, H)
+        self.low = learned_low(config.learned_low, H)
         self.output_gate = projection(config.dim, H * self.head_dim)
         self.norm = nn.LayerNorm(self.head_dim, eps=config.norm_eps, bias=False)
         self.o_proj = projection(H * self.head_dim, config.dim)
@@ -101,7 +106,8 @@ class MLSTM(nn.Module):
 
     def op_inputs(self, x: Float[Tensor, "B T D"]) -> dict[str, Any]:
         """Return the arguments that `gated_linear_attention` gets for x."""
-        (lo, hi), cap, H = self.config.eigenvalues, self.config.gate_cap, self.config.heads
+        (lo, hi), cap = eigenvalue_range(self.config.eigenvalues, self.low), self.config.gate_cap
+        H = self.config.heads
         write, keep = (cap * torch.tanh(precise(self.gates(x)) / cap)).chunk(2, dim=-1)
         k = self.k_proj(x).unflatten(-1, (H, self.key_dim))
         return {

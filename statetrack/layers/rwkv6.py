@@ -25,7 +25,9 @@ from statetrack.layers.common import (
     LowRank,
     check_eigenvalues,
     check_positive,
+    eigenvalue_range,
     head_width,
+    learned_low,
     no_weight_decay,
     precise,
     projection,
@@ -53,6 +55,8 @@ class RWKV6Config:
     """standard deviation of the decay's logits at the start; default near 0.2"""
     eigenvalues: tuple[float, float] = (-1.0, 1.0)
     """range of the transition's eigenvalues"""
+    learned_low: bool = False
+    """learn the range's lower end per head: it starts at 0 and cannot pass eigenvalues[0]"""
     norm_eps: float = 1e-6
     backend: str = "auto"
 
@@ -83,6 +87,7 @@ class RWKV6(nn.Module):
         self.mix_down = nn.Linear(config.dim, 5 * config.mix_rank, bias=False)
         self.mix_up = nn.Parameter(torch.empty(5, config.mix_rank, config.dim).uniform_(-0.01, 0.01))
         self.r_proj, self.k_proj, self.v_proj, self.g_proj = (projection(config.dim, inner) for _ in range(4))
+        self.low = learned_low(config.learned_low, config.heads)
         self.decay_proj = LowRank(config.dim, config.gate_rank, inner, tanh=True)
         spread_logits(config.gate_std, self.decay_proj.down.weight, self.decay_proj.up.weight)
         with torch.no_grad():
@@ -126,7 +131,8 @@ class RWKV6(nn.Module):
         return (first.unsqueeze(2).to(memory.dtype) @ memory).flatten(1)
 
     def _op_inputs(self, x: Tensor, last: Tensor | None, packing: Packing | None) -> tuple[dict[str, Any], Tensor]:
-        (lo, hi), heads = self.config.eigenvalues, (self.config.heads, self.head_dim)
+        lo, hi = eigenvalue_range(self.config.eigenvalues, None if self.low is None else self.low[:, None])
+        heads = self.config.heads, self.head_dim
         delta = shifted(x, last, packing) - x
         mixed = self.mix_down(x + delta * self.mix_first).tanh().unflatten(-1, (5, -1))
         mixed = torch.einsum("btnr,nrd->nbtd", mixed, self.mix_up) + self.mix[:, None, None]

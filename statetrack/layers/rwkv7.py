@@ -29,7 +29,9 @@ from torch.nn import functional as F
 from statetrack.layers.common import (
     LowRank,
     check_eigenvalues,
+    eigenvalue_range,
     head_width,
+    learned_low,
     no_weight_decay,
     precise,
     projection,
@@ -56,6 +58,8 @@ class RWKV7Config:
     """standard deviation of the rate's logits at the start; default near 0.3"""
     eigenvalues: tuple[float, float] = (-1.0, 1.0)
     """range of the correction's eigenvalue"""
+    learned_low: bool = False
+    """learn the range's lower end per head: it starts at 0 and cannot pass eigenvalues[0]"""
     norm_eps: float = 1e-6
     backend: str = "auto"
 
@@ -75,6 +79,7 @@ class RWKV7(nn.Module):
         inner, rank = config.heads * self.head_dim, config.gate_rank
         self.mix = no_weight_decay(nn.Parameter(torch.linspace(0, 1, config.dim).repeat(6, 1)))
         self.r_proj, self.k_proj, self.v_proj = (projection(config.dim, inner) for _ in range(3))
+        self.low = learned_low(config.learned_low, config.heads)
         self.decay_proj = LowRank(config.dim, rank, inner, tanh=True)
         self.rate_proj = LowRank(config.dim, rank, inner)
         spread_logits(config.gate_std, self.rate_proj.down.weight, self.rate_proj.up.weight)
@@ -111,7 +116,8 @@ class RWKV7(nn.Module):
         return self.o_proj((self.norm(o) + present).flatten(2) * gate), RWKV7State(last_input(x, last, packing), memory)
 
     def _op_inputs(self, x: Tensor, last: Tensor | None, packing: Packing | None) -> tuple[dict[str, Any], Tensor]:
-        (lo, hi), heads = self.config.eigenvalues, (self.config.heads, self.head_dim)
+        low = None if self.low is None else self.low.repeat_interleave(self.head_dim)
+        (lo, hi), heads = eigenvalue_range(self.config.eigenvalues, low), (self.config.heads, self.head_dim)
         r, w, k, v, a, g = (x + (shifted(x, last, packing) - x) * self.mix[:, None, None]).unbind(0)
         log_decay = -math.exp(-0.5) * precise(self.decay_proj(w)).sigmoid()
         s = precise(self.rate_proj(a)).sigmoid()
