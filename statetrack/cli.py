@@ -17,6 +17,7 @@ import tyro
 import statetrack
 from statetrack.checkpoint_verbs import ConvertArguments, UnlockArguments
 from statetrack.errors import UsageError
+from statetrack.lm.arguments import LMArguments
 
 MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "deltanet": ("deltaproduct", {"factors": 1}),
@@ -267,6 +268,7 @@ Arguments = (
     | Annotated[RunArguments, tyro.conf.subcommand("run")]
     | Annotated[ConvertArguments, tyro.conf.subcommand("convert")]
     | Annotated[UnlockArguments, tyro.conf.subcommand("unlock")]
+    | Annotated[LMArguments, tyro.conf.subcommand("lm")]
     | Annotated[TasksArguments, tyro.conf.subcommand("tasks")]
 )
 VERBS = {
@@ -280,6 +282,7 @@ VERBS = {
     RunArguments: "run",
     ConvertArguments: "convert",
     UnlockArguments: "unlock",
+    LMArguments: "lm",
     TasksArguments: "tasks",
 }
 """The function in `statetrack.verbs` that does what the arguments say."""

@@ -25,7 +25,7 @@ def linear_cross_entropy(
     hidden: Float[Tensor, "N D"],
     weight: Float[Tensor, "V D"],
     targets: Int[Tensor, "N"],
-    count: int | Int[Tensor, ""] | None = None,
+    count: int | Int[Tensor, ""] | Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the cross-entropy of the targets under the logits W h, as a sum divided by `count`.
 

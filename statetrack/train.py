@@ -101,10 +101,10 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-class _Signals:
+class Signals:
     """Turn SIGINT and SIGTERM into a flag, so that a step and its checkpoint are never cut in two."""
 
-    def __enter__(self) -> _Signals:
+    def __enter__(self) -> Signals:
         self.received = 0
         self._previous = {}
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -256,7 +256,7 @@ def train(
     """
     trainer, run = Trainer(settings), Run(path)
     config = {"settings": settings.to_dict(), "version": statetrack.__version__, "commit": commit()}
-    with run.opened(config, resume, force) as resumed, _Signals() as signals:
+    with run.opened(config, resume, force) as resumed, Signals() as signals:
         if resumed:
             trainer.load_state(run.load_checkpoint())
             if trainer.step > settings.steps:
@@ -276,7 +276,7 @@ def train(
     return trainer.model
 
 
-def _steps(trainer: Trainer, run: Run, signals: _Signals, report: Report | None) -> None:
+def _steps(trainer: Trainer, run: Run, signals: Signals, report: Report | None) -> None:
     """Take the steps that are left, with log lines and checkpoints on the way and after a signal."""
     s, saved = trainer.settings, trainer.step
     while trainer.step < s.steps:

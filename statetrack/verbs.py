@@ -34,6 +34,7 @@ from statetrack.cli import (
 from statetrack.errors import UsageError
 from statetrack.layers import MIXERS as CONFIGS
 from statetrack.layers import DeltaProductConfig
+from statetrack.lm.arguments import LMArguments
 from statetrack.model import Config
 from statetrack.progress import Bars
 from statetrack.tasks import TASKS, Task, get_task
@@ -375,6 +376,14 @@ def run(a: RunArguments) -> None:
     total = f"{counts.sum()} lines"
     summary = f"accepted {counts[1]} of {total}" if accepting else f"{total}; output {found or 'none'}"
     print(summary, file=sys.stderr if a.show else out)
+
+
+def lm(a: LMArguments) -> None:
+    """Do one of the language models' verbs."""
+    from statetrack.lm import verbs as implementation
+    from statetrack.lm.arguments import VERBS
+
+    getattr(implementation, VERBS[type(a.verb)])(a.verb)
 
 
 def tasks(_: TasksArguments) -> None:

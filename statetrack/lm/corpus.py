@@ -24,7 +24,7 @@ import numpy as np
 from statetrack.errors import UsageError
 from statetrack.lm.sources import documents
 from statetrack.lm.tokenizers import digest, encode, load_tokenizer, train_tokenizer
-from statetrack.runs import read_json, write_atomically, write_json
+from statetrack.runs import LOCK, read_json, write_atomically, write_json
 
 STATE, SPLITS = "data.json", ("train", "validation")
 OURS = re.compile(r"(train|validation)-\d{5,}\.(tokens|ends)\.npy|\..*\.tmp")
@@ -122,7 +122,7 @@ def prepare(data: Data, path: Path, *, force: bool = False, report: Report | Non
     """
     data.check()
     path.mkdir(parents=True, exist_ok=True)
-    with _held(path):
+    with held(path):
         state = _begun(data, path, force)
         if not state["finished"]:
             writer = _Writer(data, path, state)
@@ -139,8 +139,9 @@ def prepare(data: Data, path: Path, *, force: bool = False, report: Report | Non
 
 
 @contextlib.contextmanager
-def _held(path: Path) -> Iterator[None]:
-    with open(path / ".lock", "w") as file:
+def held(path: Path) -> Iterator[None]:
+    """Hold a directory for this process; raise UsageError where another has it."""
+    with open(path / LOCK, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -178,7 +179,7 @@ def _begun(data: Data, path: Path, force: bool) -> dict[str, Any]:
 
 
 def _is_ours(entry: Path) -> bool:
-    return entry.name in (STATE, ".lock", "tokenizer") or OURS.fullmatch(entry.name) is not None
+    return entry.name in (STATE, LOCK, "tokenizer") or OURS.fullmatch(entry.name) is not None
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -1,0 +1,282 @@
+"""Train a language model: a recipe to transformers' Trainer, in a run directory that can always be resumed.
+
+DIR/recipe.json        the resolved recipe, version, commit, digest of the tokenizer
+DIR/checkpoint-STEP/   transformers' checkpoints, the last two, whole or absent
+DIR/model/             the model and its tokenizer at the end
+DIR/metrics.jsonl      what was logged; TensorBoard's files are in DIR/runs/
+DIR/training.png .svg  loss by step
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import statetrack
+from statetrack.errors import UsageError
+from statetrack.layers.common import no_weight_decay
+from statetrack.lm.corpus import Corpus, held, prepare
+from statetrack.lm.packing import Order, Rows, join, pack
+from statetrack.lm.pictures import loss_by_step
+from statetrack.lm.settings import FREE, Recipe, cost
+from statetrack.progress import Bars
+from statetrack.runs import LOCK, commit, first_line, read_json, write_json
+from statetrack.train import Interrupted, Signals, choose_device
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from statetrack.hf import StateTrackForCausalLM
+    from statetrack.lm.trainer import LMTrainer
+
+RECIPE, METRICS, MODEL = "recipe.json", "metrics.jsonl", "model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a run is carried out; nothing here changes what it computes but the rounding of sums over processes."""
+
+    device: str = "auto"
+    """cpu, cuda, or auto"""
+    parallel: str = "auto"
+    """with several processes: fsdp spreads weights and optimiser over them (FSDP2), ddp keeps them whole on each; auto:
+    fsdp on GPUs, ddp on CPUs, where accelerate has nothing else"""
+    minutes: float | None = None
+    """stop and save after that time"""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """tensorboard, wandb"""
+    workers: int = 2
+    """processes that read rows ahead, on a GPU"""
+
+    def check(self) -> None:
+        """Raise UsageError for unknown names and packages that are missing."""
+        if self.parallel not in ("auto", "fsdp", "ddp"):
+            raise UsageError(f"parallel must be auto, fsdp or ddp, got {self.parallel!r}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise UsageError(f"minutes must be positive, got {self.minutes}")
+        for package in ("transformers", "accelerate", *self.trackers):
+            if find_spec(package) is None:
+                raise UsageError(f"{package} is not installed: pip install 'statetrack[lm]' {package}")
+
+
+def train(
+    recipe: Recipe,
+    path: Path,
+    data: Path,
+    *,
+    options: Options | None = None,
+    resume: bool = False,
+    force: bool = False,
+) -> dict[str, float]:
+    """Train in the run directory `path` on the data prepared in `data` (made if absent); return the last metrics.
+
+    Raises UsageError for bad settings, an existing run (without resume or force), data whose tokenizer is another, a
+    loss that is not finite, or a disk that is full; the last whole checkpoint stays. Interrupted after SIGINT, SIGTERM
+    or the time limit, when all is saved.
+    """
+    options = options or Options()
+    recipe.check()
+    options.check()
+    processes, main = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0")) == 0
+    recipe.accumulation(processes)
+    corpus = _corpus(recipe, data, main)
+    config = {"settings": {**recipe.to_dict(), "tokenizer_digest": corpus.digest}}
+    config |= {"version": statetrack.__version__, "commit": commit()}
+    with _opened(path, config, resume, force, main) as start, Signals() as signals, Bars() as bars:
+        trainer = _trainer(recipe, path, corpus, options, signals, bars if main else None)
+        if main:
+            write_json(path / RECIPE, config)
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        if signals.received and trainer.state.global_step < recipe.steps:
+            raise Interrupted(signals.received, trainer.state.global_step, path)
+        _save_model(trainer, corpus, path)
+    history = trainer.state.log_history
+    if main:
+        loss_by_step({path.name: history}, path / "training", title=path.name)
+    return {k: v for row in history for k, v in row.items()}
+
+
+def _corpus(recipe: Recipe, data: Path, main: bool) -> Corpus:
+    """Return the prepared data; make it where it is absent, which one process of several must have done before."""
+    if not (data / "data.json").exists() and not main:
+        raise UsageError(f"{data} holds no prepared data; with several processes, first: statetrack lm prepare")
+    return prepare(recipe.data, data) if main and not (data / "data.json").exists() else Corpus(data)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, config: dict[str, Any], resume: bool, force: bool, main: bool) -> Iterator[Path | None]:
+    """Hold the directory, ready for a run; yield the checkpoint to go on from, if any. Refuse what would mix runs."""
+    from statetrack.lm.trainer import checkpoints
+
+    if resume and force:
+        raise UsageError("--resume and --force exclude each other: one goes on with a run, the other replaces it")
+    if not main:  # the first process sees to the directory
+        found = checkpoints(path) if resume else []
+        yield found[-1] if found else None
+        return
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file; choose another directory")
+    exists = (path / RECIPE).exists()
+    if exists and resume:
+        _check_same(read_json(path / RECIPE), config, path)
+    elif exists and not force:
+        raise UsageError(f"{path} holds a run; --resume to go on, --force to replace it")
+    elif not exists and path.exists() and any(entry.name != LOCK for entry in path.iterdir()):
+        raise UsageError(f"{path} is not empty and not a run; choose another directory")
+    path.mkdir(parents=True, exist_ok=True)
+    with held(path):
+        found = checkpoints(path) if resume else []
+        for entry in [*path.glob("checkpoint-*"), path / MODEL]:
+            if entry not in found:
+                shutil.rmtree(entry, ignore_errors=True)
+        if not resume:
+            shutil.rmtree(path / "runs", ignore_errors=True)
+        yield found[-1] if found else None
+
+
+def _check_same(stored: Any, config: dict[str, Any], path: Path) -> None:
+    old = stored.get("settings") if isinstance(stored, dict) else None
+    if not isinstance(old, dict):
+        raise UsageError(f"{path / RECIPE} is not that of a run; --force replaces it")
+    new = json.loads(json.dumps(config["settings"]))
+    differing = [k for k in sorted(old.keys() | new.keys()) if k not in FREE and old.get(k) != new.get(k)]
+    if differing:
+        raise UsageError(f"{path} was started with another {', '.join(differing)}; choose another --out or --force")
+
+
+def build(recipe: Recipe, corpus: Corpus, *, empty: bool = False) -> StateTrackForCausalLM:
+    """Return the recipe's model with the weights that its seed gives; empty, for a process that gets them sent."""
+    from statetrack.hf import StateTrackConfig, StateTrackForCausalLM
+
+    tokenizer = corpus.tokenizer()
+    config = StateTrackConfig.from_model_config(
+        recipe.model(corpus.vocab_size),
+        initializer_range=recipe.initializer_range,
+        tie_word_embeddings=recipe.tied,
+        bos_token_id=tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(recipe.seed)
+    with torch.device("meta") if empty else contextlib.nullcontext():
+        model = StateTrackForCausalLM(config)
+    if empty:  # accelerate tells weights apart by their addresses, which "meta" does not have
+        marked = [name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)]
+        model.to_empty(device="cpu")
+        model.tie_weights()
+        for name in marked:
+            no_weight_decay(model.get_parameter(name))
+    model.model.gradient_checkpointing = recipe.gradient_checkpointing
+    return model
+
+
+def _trainer(
+    recipe: Recipe, path: Path, corpus: Corpus, options: Options, signals: Signals, bars: Bars | None
+) -> LMTrainer:
+    """Return transformers' Trainer with model, rows and callbacks."""
+    from transformers.trainer_callback import PrinterCallback
+    from transformers.utils import logging
+
+    from statetrack.lm.trainer import CheckStart, LMTrainer, Report, StopSafely, sums
+
+    logging.disable_progress_bar()
+    held_out = corpus.shards("validation") if corpus.tokens("validation") >= recipe.length else []
+    arguments = _arguments(recipe, path, options, evaluate=bool(held_out))
+    sent = bool(arguments.fsdp) and arguments.process_index > 0  # the first process sends its weights
+    model = build(recipe, corpus, empty=sent)
+    callbacks = [StopSafely(signals, options.minutes), CheckStart({} if sent else sums(model))]
+    if bars is not None:
+        callbacks.append(Report(path / METRICS, bars))
+    if recipe.compile and arguments.device.type == "cuda":
+        for block in model.model.blocks:
+            block.compile()
+    rows = Rows(held_out, recipe.length) if held_out else None
+    trainer = LMTrainer(
+        cost=cost(recipe.model(corpus.vocab_size), recipe.tied),
+        tokens_per_step=recipe.rows * recipe.length,
+        model=model,
+        args=arguments,
+        train_dataset=Order(Rows(corpus.shards("train"), recipe.length), recipe.rows * recipe.steps, recipe.seed),
+        eval_dataset=rows and Order(rows, min(recipe.evaluate_rows, len(rows)), 0),
+        data_collator=pack if recipe.documents == "separate" else join,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _arguments(recipe: Recipe, path: Path, options: Options, *, evaluate: bool) -> TrainingArguments:
+    """Return the recipe in transformers' words."""
+    from transformers import TrainingArguments
+
+    device = choose_device(options.device)
+    gpu, processes = device.type == "cuda", int(os.environ.get("WORLD_SIZE", "1"))
+    fsdp = options.parallel == "fsdp" or (options.parallel == "auto" and gpu)
+    sharded = {
+        "fsdp": True,
+        "fsdp_config": {
+            "version": 2,
+            "transformer_layer_cls_to_wrap": ["Block"],
+            "cpu_ram_efficient_loading": True,
+            "state_dict_type": "FULL_STATE_DICT",
+        },
+    }
+    arguments = TrainingArguments(
+        output_dir=str(path),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.micro_rows,
+        per_device_eval_batch_size=recipe.micro_rows,
+        gradient_accumulation_steps=recipe.accumulation(processes),
+        learning_rate=recipe.lr,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": recipe.min_lr},
+        warmup_steps=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+        adam_beta1=recipe.betas[0],
+        adam_beta2=recipe.betas[1],
+        max_grad_norm=recipe.clip,
+        optim="adamw_torch_fused" if gpu else "adamw_torch",
+        bf16=recipe.precision == "bfloat16" or (recipe.precision == "auto" and gpu),
+        seed=recipe.seed,
+        use_cpu=not gpu,
+        ddp_backend="gloo" if processes > 1 and not gpu else None,
+        logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,
+        save_steps=recipe.save_every,
+        save_total_limit=2,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=recipe.evaluate_every,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=options.workers if gpu else 0,
+        report_to=list(options.trackers) or "none",
+        disable_tqdm=True,
+        run_name=path.name,
+        **(sharded if processes > 1 and fsdp else {}),
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for torchrun, not for DataParallel
+    return arguments
+
+
+def _save_model(trainer: LMTrainer, corpus: Corpus, path: Path) -> None:
+    """Write model and tokenizer, whole or not at all."""
+    temporary = path / f".{MODEL}.tmp"
+    trainer.check_finite(trainer.model)  # pyright: ignore[reportArgumentType]
+    try:
+        trainer.save_model(str(temporary))
+        if trainer.args.should_save:
+            corpus.tokenizer().save_pretrained(str(temporary))
+            shutil.rmtree(path / MODEL, ignore_errors=True)
+            os.replace(temporary, path / MODEL)
+    except Exception as error:  # OSError, RuntimeError, safetensors' own
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UsageError(f"{path / MODEL} cannot be written: {first_line(error)}; --resume writes it again") from error

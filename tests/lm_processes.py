@@ -1,0 +1,35 @@
+"""Train on several CPU processes; run by torchrun from tests/test_lm_train.py: DATA OUT ddp|fsdp."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from statetrack.lm.train import Options, train
+from tests.test_lm_train import small
+
+
+def let_accelerate_shard_on_cpus() -> None:
+    """Have accelerate choose FSDP2 on CPU processes, as it does on GPUs: torch can, accelerate does not offer it."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    init = AcceleratorState.__init__
+
+    def sharding(self, *args, fsdp_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        plugin = fsdp_plugin or self.__dict__.get("fsdp_plugin")
+        if plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+
+    AcceleratorState.__init__ = sharding
+
+
+if __name__ == "__main__":
+    data, out, parallel = sys.argv[1:]
+    torch.set_num_threads(1)
+    if parallel == "fsdp":
+        let_accelerate_shard_on_cpus()
+    train(small(tied=True), Path(out), Path(data), options=Options(device="cpu", parallel=parallel, trackers=()))

@@ -1,0 +1,319 @@
+"""Training: resumed to the last bit, on several processes as on one, never half a checkpoint, never a lost run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from safetensors.torch import load_file
+
+from recipes.lm import RECIPES, tiny
+from statetrack.errors import UsageError
+from statetrack.layers import DeltaProductConfig, MambaConfig
+from statetrack.lm.corpus import Corpus, Data, prepare
+from statetrack.lm.settings import Recipe, cost, peak_flops
+from statetrack.lm.train import Options, build, train
+from statetrack.train import Interrupted
+from tests.command import Command
+
+ROOT = Path(__file__).parent.parent
+TEXT = str(Path(asyncio.__file__).parent)
+OPTIONS = Options(device="cpu", trackers=())
+
+
+def small(**changes) -> Recipe:
+    """A run of seconds."""
+    settings = {
+        "data": Data(source=TEXT, tokenizer="bpe:300", tokens=60_000, validation=0.2),
+        "mixers": (DeltaProductConfig(dim=32, heads=2), MambaConfig(dim=32, state_size=4)),
+        "mlp_dim": 64,
+        "length": 48,
+        "rows": 8,
+        "micro_rows": 4,
+        "steps": 6,
+        "warmup": 1,
+        "lr": 1e-2,
+        "log_every": 1,
+        "save_every": 2,
+        "evaluate_every": 3,
+        "evaluate_rows": 8,
+    }
+    return replace(tiny(), **{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Prepared text of a package of the standard library."""
+    path = tmp_path_factory.mktemp("lm") / "data"
+    prepare(small().data, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    path = tmp_path_factory.mktemp("lm") / "whole"
+    train(small(), path, data, options=Options(device="cpu"))
+    return path
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "model.safetensors")
+
+
+def losses(path: Path) -> list[float]:
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Stop:
+    """A callback that does something after a step."""
+
+    def __new__(cls, step: int, act):
+        from transformers import TrainerCallback
+
+        class Callback(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                del args, control
+                if state.global_step == step:
+                    act(**kwargs)
+
+        return Callback()
+
+
+def acting(monkeypatch, step: int, act) -> None:
+    """Let the next runs do something after a step, before anything is saved."""
+    from statetrack.lm import trainer
+
+    init = trainer.LMTrainer.__init__
+
+    def with_callback(self, **kwargs):
+        init(self, **kwargs)
+        self.callback_handler.callbacks.insert(0, Stop(step, act))
+
+    monkeypatch.setattr(trainer.LMTrainer, "__init__", with_callback)
+
+
+def test_a_run_leaves_what_it_says(whole: Path):
+    names = {p.name for p in whole.iterdir()}
+    assert {"recipe.json", "metrics.jsonl", "model", "checkpoint-4", "checkpoint-6", "training.png", "runs"} <= names
+    assert list(whole.glob("runs/*/events*")), "TensorBoard's file"
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    logged = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6]
+    assert all(row["tokens_per_second"] > 0 and row["grad_norm"] > 0 for row in logged)
+    assert logged[-1]["loss"] < logged[0]["loss"] - 0.1
+    assert [row["step"] for row in rows if "eval_loss" in row] == [3, 6]
+    assert Recipe.from_dict({k: v for k, v in json.loads((whole / "recipe.json").read_text())["settings"].items()
+                             if k != "tokenizer_digest"}) == small()  # fmt: skip
+
+
+def test_the_first_loss_is_that_of_the_seeds_weights_on_the_seeds_rows(whole: Path, data: Path):
+    from statetrack.lm.packing import Order, Rows, pack
+
+    corpus, recipe = Corpus(data), small()
+    model = build(recipe, corpus).train()
+    rows = Order(Rows(corpus.shards("train"), recipe.length), recipe.rows, recipe.seed)
+    batch = pack([rows[i] for i in range(recipe.rows)])
+    assert losses(whole)[0] == pytest.approx(float(model(**batch).loss.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("stop_at", [2, 3])
+def test_an_interrupted_run_goes_on_to_the_same_bits(
+    whole: Path, data: Path, tmp_path: Path, monkeypatch, stop_at: int
+):
+    """SIGINT at a step that is saved anyway, and at one that is not."""
+    with monkeypatch.context() as patched:
+        acting(patched, stop_at, lambda **_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted, match=f"stopped at step {stop_at}") as stopped:
+            train(small(), tmp_path / "run", data, options=OPTIONS)
+    assert stopped.value.signum == signal.SIGINT
+    assert not (tmp_path / "run" / "model").exists()
+    train(small(), tmp_path / "run", data, options=OPTIONS, resume=True)
+    assert same(weights(tmp_path / "run" / "model"), weights(whole / "model"))
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(whole: Path, data: Path, tmp_path: Path, monkeypatch):
+    """The optimiser's state, written after the weights, does not fit any more."""
+    path, save = tmp_path / "run", torch.save
+
+    def full(state, file, *args, **kwargs):
+        if "checkpoint-4" in str(file) and "optimizer" in str(file):
+            Path(file).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, file, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        with pytest.raises(UsageError, match="step 4 cannot be written: .*No space left.*last good checkpoint is .*-2"):
+            train(small(), path, data, options=OPTIONS)
+    assert [p.name for p in path.glob("checkpoint-*")] == ["checkpoint-2"]
+    train(small(), path, data, options=OPTIONS, resume=True)
+    assert same(weights(path / "model"), weights(whole / "model"))
+
+
+def test_half_a_checkpoint_of_a_killed_process_is_not_gone_on_from(whole: Path, data: Path, tmp_path: Path):
+    path = tmp_path / "run"
+    train(small(steps=4), path, data, options=OPTIONS)
+    (path / "checkpoint-4" / "complete.json").unlink()
+    (path / "checkpoint-4" / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(UsageError, match="started with another lr"):
+        train(small(lr=1e-3), path, data, options=OPTIONS, resume=True)
+    train(small(steps=4), path, data, options=OPTIONS, resume=True)
+    assert losses(path)[:2] == losses(whole)[:2] and len(losses(path)) == 4
+
+
+def test_a_weight_that_is_not_finite_stops_the_run_and_is_not_saved(data: Path, tmp_path: Path, monkeypatch):
+    def spoil(model, **_):
+        next(iter(model.parameters())).data[0] = float("nan")
+
+    acting(monkeypatch, 4, spoil)
+    with pytest.raises(UsageError, match="not finite after step 4; the last good checkpoint is .*checkpoint-2"):
+        train(small(log_every=3), tmp_path, data, options=OPTIONS)
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path, monkeypatch):
+    def spoil(model, **_):
+        next(iter(model.parameters())).data.fill_(float("nan"))
+
+    acting(monkeypatch, 1, spoil)
+    with pytest.raises(UsageError, match="loss is nan at step 2; there is no checkpoint yet; lower the learning rate"):
+        train(small(save_every=5), tmp_path, data, options=OPTIONS)
+
+
+def test_the_time_limit_saves_and_ends(data: Path, tmp_path: Path):
+    last = train(small(steps=1000), tmp_path, data, options=replace(OPTIONS, minutes=1e-6))
+    assert last["step"] == 1 and (tmp_path / "checkpoint-1" / "complete.json").exists()
+    assert weights(tmp_path / "model")
+
+
+def test_another_tokenizer_or_run_is_refused(whole: Path, data: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="holds a run; --resume to go on, --force to replace it"):
+        train(small(), whole, data, options=OPTIONS)
+    other = tmp_path / "other"
+    prepare(replace(small().data, tokenizer="bpe:301"), other)
+    with pytest.raises(UsageError, match="started with another tokenizer_digest"):
+        train(small(), whole, other, options=OPTIONS, resume=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(UsageError, match="not empty and not a run"):
+        train(small(), tmp_path / "mine", data, options=OPTIONS)
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"rows": 6}, "rows=6 per step do not divide by micro_rows=4 times 1 processes"),
+        ({"lr": 0.0}, "learning rates"),
+        ({"length": 1}, "length must be at least 2"),
+        ({"documents": "mixed"}, "accepted: documents separate, joined"),
+        ({"length": 100_000}, "not enough for one row"),
+    ],
+)
+def test_bad_settings_are_one_line(data: Path, tmp_path: Path, changes: dict, message: str):
+    with pytest.raises(UsageError, match=message):
+        train(small(**changes), tmp_path, data, options=OPTIONS)
+
+
+def test_wandb_is_asked_for_only_where_it_is_installed(data: Path, tmp_path: Path):
+    pytest.importorskip("transformers")
+    if "wandb" not in sys.modules:
+        with pytest.raises(UsageError, match="wandb is not installed"):
+            train(small(), tmp_path, data, options=replace(OPTIONS, trackers=("wandb",)))
+
+
+def test_two_processes_train_as_one(data: Path, tmp_path: Path):
+    """The same command under torchrun, with FSDP2: the second process begins with no weights at all."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tests.lm_processes"]
+    done = subprocess.run(
+        [sys.executable, *command, str(data), str(tmp_path / "two"), "fsdp"],
+        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(small(tied=True), tmp_path / "one", data, options=OPTIONS)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    one, two = weights(tmp_path / "one" / "model"), weights(tmp_path / "two" / "model")
+    assert torch.equal(two.pop("model.head.weight", two["model.embed.weight"]), two["model.embed.weight"])
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=2e-4), name
+
+
+def test_a_weight_that_was_lost_on_the_way_is_noticed(data: Path, tmp_path: Path, monkeypatch):
+    from statetrack.lm import trainer
+
+    sums = trainer.sums
+    calls = []
+
+    def changed(model):
+        if calls:  # after the weights were placed
+            next(iter(model.parameters())).data[3] = 0
+        calls.append(1)
+        return sums(model)
+
+    monkeypatch.setattr(trainer, "sums", changed)
+    with pytest.raises(UsageError, match="embed.weight is not as it was initialised"):
+        train(small(), tmp_path, data, options=OPTIONS)
+
+
+def test_an_empty_model_keeps_what_weight_decay_spares(data: Path):
+    full, empty = build(small(), Corpus(data)), build(small(), Corpus(data), empty=True)
+    marked = [{n for n, p in m.named_parameters() if getattr(p, "_no_weight_decay", False)} for m in (full, empty)]
+    assert marked[0] == marked[1] and len(marked[0]) >= 2
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_have_the_papers_sizes(name: str):
+    for eigenvalues in ((0.0, 1.0), (-1.0, 1.0)):
+        recipe = RECIPES[name](eigenvalues=eigenvalues)
+        recipe.check()
+        assert all(m.eigenvalues == eigenvalues for m in recipe.mixers)  # pyright: ignore
+        assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    vocabulary = {"tiny": 1024, "code-100m": 16384}.get(name, 32_000)
+    size = cost(recipe.model(vocabulary), recipe.tied).parameters / 1e6
+    told = {"tiny": 1.3, "code-100m": 98, "p1-370m": 353, "p1-1.3b": 1300}
+    said = told[name] if name in told else float(name.split("-")[1].removesuffix("m"))
+    assert size == pytest.approx(said, rel=0.02)
+
+
+def test_cost_counts_what_a_model_has(data: Path):
+    for tied in (False, True):
+        recipe = small(tied=tied)
+        model = build(recipe, Corpus(data))
+        counted = cost(recipe.model(300), tied)
+        assert counted.parameters == sum(p.numel() for p in model.parameters())
+        assert 6 * counted.parameters * 0.5 < counted.flops < 6 * counted.parameters * 1.5
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("abacus") is None
+
+
+def test_the_command_line_trains(capsys, tmp_path: Path, data: Path, monkeypatch):
+    command = Command(capsys)
+    monkeypatch.chdir(tmp_path)
+    line = f"lm train tiny --data {data} --steps 1 --rows 2 --micro-rows 2 --length 16 --tracker none --device cpu"
+    code, out, _ = command(f"{line} --eigenvalues 0 1")
+    assert code == 0 and "trained to step 1" in out and Path("runs/lm_tiny_0to1_s0/model/config.json").exists()
+    assert "unknown recipe 'huge'; accepted: tiny, code-100m" in command.refused("lm train huge")
+    assert "holds a run" in command.refused(f"{line} --eigenvalues 0 1")
+    code, out, _ = command("lm recipes")
+    assert code == 0 and "p2-805m-n3" in out
