@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from statetrack.lm.train import Options, train
-from tests.test_lm_train import small
+from tests.test_lm_train import spread
 
 
 def let_accelerate_shard_on_cpus() -> None:
@@ -32,4 +32,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if parallel == "fsdp":
         let_accelerate_shard_on_cpus()
-    train(small(tied=True), Path(out), Path(data), options=Options(device="cpu", parallel=parallel, trackers=()))
+    train(spread(), Path(out), Path(data), options=Options(device="cpu", parallel=parallel, trackers=()))
