@@ -54,7 +54,7 @@ def small(**changes) -> Recipe:
 
 
 def spread(**changes) -> Recipe:
-    """A run for several processes: without Mamba, whose CPU kernel makes weights numpy arrays, which FSDP2 cannot free."""
+    """A run for several processes. Not Mamba: its CPU kernel sees weights as numpy arrays, which FSDP2 cannot free."""
     return small(tied=True, mixers=(DeltaProductConfig(dim=32, heads=2),) * 2, **changes)
 
 
