@@ -163,6 +163,19 @@ def test_minimise_keeps_a_counter_whole_and_shrinks_a_padded_one():
     assert chain.minimise().states == 3000
 
 
+def test_minimise_takes_n_log_n_on_chains():
+    n = 100_000
+    states, last = np.arange(n), frozenset({n - 1})
+    forward = np.minimum(states + 1, n - 1)
+    chain = Automaton(np.stack([forward, np.maximum(states - 1, 0)], 1), accepting=last)
+    turning = Automaton(np.stack([(states + 1) % n, states], 1), output=states % 1000)
+    began = time.process_time()
+    assert chain.minimise().states == n
+    assert turning.minimise().states == 1000
+    assert chain.equivalent(Automaton(n - 1 - chain.table[::-1], n - 1, accepting=frozenset({0})))
+    assert time.process_time() - began < 60  # a quadratic algorithm takes hours
+
+
 def test_product_refuses_other_alphabets_and_unknown_combinations():
     flip = Automaton(np.array([[0, 1], [1, 0]]), accepting=frozenset({1}))
     with pytest.raises(UsageError, match="one alphabet, got 2 letters and 6 letters"):

@@ -231,6 +231,17 @@ def test_damaged_files_are_refused(tmp_path: Path):
             CompiledAutomaton.load(path)
 
 
+@settings(max_examples=25)
+@given(automaton=automata(), options=OPTIONS)
+def test_the_factors_reported_are_those_of_the_tensors(automaton: Automaton, options: dict[str, Any]):
+    compiled = compile(automaton, timeout=0, **options)
+    if not compiled.blueprint.chain:
+        assert compiled.factors == tuple(layer.keys.shape[1] for layer in compiled.layers)  # pyright: ignore
+        for layer, most in zip(compiled.layers, compiled.factors, strict=True):
+            acts = layer.keys if layer.asymmetric else layer.beta[..., None]  # pyright: ignore
+            assert max(1, int(acts.ne(0).any(-1).any(-1).sum(1).max())) == most  # pyright: ignore
+
+
 def test_it_reports_what_it_made():
     network = compile(LANGUAGES["JSON number"](), structure="gated", window=2, timeout=0)
     report = network.report()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from statetrack.automata.groups import Group, as_group, element_indices
 from statetrack.automata.letters import default_names, encode_bytes, encode_names, letter_names
+from statetrack.automata.minimisation import equivalent_states, explore
 from statetrack.errors import UsageError
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ class Automaton:
             mine, theirs = np.divmod(pairs, other.states)
             return self.table[mine] * other.states + other.table[theirs]
 
-        pairs, table = _explore(self.start * other.states + other.start, step)
+        pairs, table = explore(self.start * other.states + other.start, step)
         mine, theirs = self.emits[pairs // other.states], other.emits[pairs % other.states]
         if combine == "pair":
             return Automaton(table, 0, output=mine * other.num_outputs + theirs, letters=self.letters)
@@ -199,21 +200,16 @@ class Automaton:
     def minimise(self) -> Automaton:
         """Return the smallest automaton that says the same on every word, its states in breadth-first order.
 
-        Moore's partition refinement on the reachable states, one letter at a time: a class splits wherever its members'
-        successors lie in different classes, until no letter splits any.
+        See minimisation.py; letters that act alike are looked at once.
         """
-        reached, table = _explore(self.start, lambda states: self.table[states])
+        merged, class_of = self.merge_letters()
+        reached, table = explore(self.start, lambda states: merged.table[states])
         emits = self.emits[reached]
-        classes, label = _number(emits)
-        while True:
-            before = classes
-            for letter in range(self.alphabet):
-                classes, label = _number(label * classes + label[table[:, letter]])
-            if classes == before:
-                break
+        classes, label = equivalent_states(table, emits)
         member = np.zeros(classes, dtype=np.int64)
         member[label] = np.arange(len(label))  # any member stands for its class
-        order, quotient = _explore(int(label[0]), lambda c: label[table[member[c]]])
+        order, quotient = explore(int(label[0]), lambda c: label[table[member[c]]])
+        quotient = quotient[:, class_of]
         says = emits[member[order]]
         if self.output is not None:
             return Automaton(quotient, 0, output=says, letters=self.letters)
@@ -290,28 +286,6 @@ def _run_narrow(jump: np.ndarray, words: np.ndarray, code: np.ndarray) -> np.nda
     for b, word in enumerate(words.tolist()):
         codes[b] = list(accumulate(word, lambda q, x: targets[q + x], initial=int(code[b])))[1:]
     return codes
-
-
-def _explore(start: int, step: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return the nodes reachable from `start` in breadth-first order, and their table in that numbering."""
-    frontier, nodes, rows = np.array([start], dtype=np.int64), [], []
-    known = frontier
-    while len(frontier):
-        nodes.append(frontier)
-        rows.append(step(frontier))
-        found, position = np.unique(rows[-1].ravel(), return_index=True)
-        fresh = ~np.isin(found, known)
-        frontier = found[fresh][np.argsort(position[fresh])]  # in the order in which a queue would meet them
-        known = np.union1d(known, frontier)
-    reached = np.concatenate(nodes)
-    order = np.argsort(reached)
-    return reached, order[np.searchsorted(reached[order], np.concatenate(rows))]
-
-
-def _number(keys: np.ndarray) -> tuple[int, np.ndarray]:
-    """Number the distinct keys from 0."""
-    distinct, label = np.unique(keys, return_inverse=True)
-    return len(distinct), label
 
 
 def _array(values: Any) -> np.ndarray:

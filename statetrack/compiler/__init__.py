@@ -27,7 +27,7 @@ from statetrack.compiler.assembly import Stage, assemble, assemble_map
 from statetrack.compiler.certificate import Certificate
 from statetrack.compiler.compiled import STRUCTURES, Blueprint, CompiledAutomaton
 from statetrack.compiler.group_heads import group_stage
-from statetrack.compiler.network import KEYS
+from statetrack.compiler.operations import UNITS, Style
 from statetrack.compiler.search import find_plans
 from statetrack.errors import UsageError
 
@@ -69,7 +69,7 @@ def compile(
     Raises:
         UsageError: a spec or option that does not fit.
     """
-    _check(structure=(structure, STRUCTURES), keys=(keys, KEYS), objective=(objective, OBJECTIVES))
+    _check(structure=(structure, STRUCTURES), keys=(keys, tuple(UNITS)), objective=(objective, OBJECTIVES))
     if not 0 <= window <= MOST_WINDOW:
         raise UsageError(f"window must be 0 (none) to {MOST_WINDOW} tokens, got {window}")
     if not 0 <= timeout < float("inf"):
@@ -81,7 +81,9 @@ def compile(
         candidates, late = [_map_stage(merged)], False
     else:
         candidates, late = _candidates(merged, max(1, window), objective, timeout, report)
-    stages, states, seen = min(candidates, key=_cost(objective, structure == "gated"), default=([], [], None))
+    stages, states, seen = min(
+        candidates, key=_cost(objective, Style(structure == "gated", keys)), default=([], [], None)
+    )
     seconds = time.monotonic() - began
     chain = not candidates
     return Blueprint(automaton, stages, states, seen, structure, keys, seconds, late, chain).build()
@@ -114,13 +116,13 @@ def _candidates(
     return found, late and group is None
 
 
-def _cost(objective: str, gated: bool) -> Callable[[Found], tuple[int, ...]]:
+def _cost(objective: str, style: Style) -> Callable[[Found], tuple[int, ...]]:
     """Return what the networks are compared by."""
 
     def cost(found: Found) -> tuple[int, ...]:
         stages = found[0]
         depth, width = len(stages), sum(stage.width for stage in stages)
-        factors = max((stage.factors(gated) for stage in stages), default=0)
+        factors = max((stage.factors(style) for stage in stages), default=0)
         first = {"depth": depth, "factors": factors, "width": width}[objective]
         return first, depth, factors, width
 

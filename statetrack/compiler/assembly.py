@@ -18,6 +18,7 @@ from statetrack.compiler.cascade import LOST, Knowledge, Layer, Register
 from statetrack.compiler.operations import (
     Head,
     Merge,
+    Style,
     Swap,
     block_head,
     latch_head,
@@ -45,11 +46,11 @@ class Stage:
     """what is known before the first letter"""
     asymmetric: list[list[Swap | Merge]] = field(default_factory=list)
 
-    def factors(self, gated: bool) -> int:
+    def factors(self, style: Style = Style()) -> int:  # noqa: B008
         """Return the most factors that a token needs, at least 1."""
         if self.asymmetric:
             return max(1, *(len(factors) for factors in self.asymmetric))
-        return max(1, *(head.factors(op, gated) for head in self.heads for op in head.operations))
+        return max(1, *(len(style.factors(head, op)) for head in self.heads for op in head.operations))
 
     @property
     def width(self) -> int:

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from statetrack.compiler.assembly import Stage, reading
 from statetrack.compiler.discrete import MOST_PAIRS, StageWalk, random_words, search_pairs
-from statetrack.compiler.network import StageLayer, Style
-from statetrack.compiler.operations import Head
+from statetrack.compiler.network import StageLayer
+from statetrack.compiler.operations import Head, Style
 
 if TYPE_CHECKING:
     from statetrack.compiler.compiled import CompiledAutomaton

@@ -19,8 +19,8 @@ from statetrack.automata import Automaton
 from statetrack.compiler.assembly import Stage
 from statetrack.compiler.cascade import sink_of
 from statetrack.compiler.certificate import Certificate, certify
-from statetrack.compiler.network import KEYS, Network, State, Style
-from statetrack.compiler.operations import Head, Merge, Operation, Swap
+from statetrack.compiler.network import Network, State
+from statetrack.compiler.operations import UNITS, Head, Merge, Operation, Style, Swap
 from statetrack.errors import UsageError
 from statetrack.model import Model
 
@@ -123,7 +123,7 @@ class CompiledAutomaton(Network):
     @property
     def factors(self) -> tuple[int, ...]:
         """The most factors per token, layer by layer."""
-        return tuple(stage.factors(self.style.gated) for stage in self.stages)
+        return tuple(stage.factors(self.style) for stage in self.stages)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -260,7 +260,7 @@ def _from_json(data: dict[str, Any]) -> Blueprint:
         None if a["output"] is None else np.array(a["output"]),
         None if a["letters"] is None else tuple(a["letters"]),
     )
-    if data["structure"] not in STRUCTURES or data["keys"] not in KEYS:
+    if data["structure"] not in STRUCTURES or data["keys"] not in UNITS:
         raise ValueError(f"no structure {data['structure']!r} with keys {data['keys']!r}")
     stages = [_stage_from_json(stage) for stage in data["stages"]]
     window = None if data["window"] is None else _stage_from_json(data["window"])

@@ -10,7 +10,6 @@ Q states of the automaton.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -20,11 +19,10 @@ from torch import Tensor, nn
 
 from statetrack.automata import Automaton
 from statetrack.compiler.assembly import Stage, groups, rows_of
-from statetrack.compiler.operations import Head, Merge, Operation
+from statetrack.compiler.operations import Merge, Style
 from statetrack.errors import UsageError
 from statetrack.ops import delta_rule, dplr
 
-KEYS = ("integer", "unit", "normalised")
 PIECE = 1 << 24  # numbers in the keys of one call of an op
 
 
@@ -34,39 +32,6 @@ class StageState(NamedTuple):
     memory: Float[Tensor, "B R K V"]
     below: Int[Tensor, "B"] | Bool[Tensor, "B Q"]
     """what the layers below knew after the last token"""
-
-
-@dataclass(frozen=True)
-class Style:
-    """How operations become factors."""
-
-    gated: bool = False
-    """a full reset is a decay of 0"""
-    keys: str = "integer"
-    """integer: e_a - e_b; unit: two coordinates each, (1/2, 1/2, -1/2, -1/2), so that keys have length 1 exactly;
-    normalised: (e_a - e_b) / sqrt(2), what a kernel that normalises makes of it, not exact"""
-
-    def copies(self, head: Head) -> int:
-        """Return how many coordinates stand for one: 2 where a key of length 1 needs them."""
-        return 2 if self.keys == "unit" and any(op.cycles for op in head.operations) else 1
-
-    def factors(self, head: Head, operation: Operation) -> list[tuple[dict[int, float], float, float]]:
-        """Return an operation's factors, in order: key entries, value, beta."""
-        n = self.copies(head)
-        unit = {"integer": 1.0, "unit": 0.5, "normalised": 0.5**0.5}[self.keys]
-        out = []
-        for a, b in operation.swaps:
-            key = {n * a + i: unit for i in range(n)} | {n * b + i: -unit for i in range(n)}
-            out.append((key, 0.0, 2.0))
-        reset = self.gated and len(operation.clears) == head.width
-        for a in operation.clears:
-            if not reset or a in operation.writes:
-                out += [({n * a + i: 1.0}, float(a in operation.writes), 1.0) for i in range(n)]
-        return out
-
-    def resets(self, head: Head, operation: Operation) -> bool:
-        """Whether the operation uses the gate."""
-        return self.gated and len(operation.clears) == head.width > 0
 
 
 class StageLayer(nn.Module):
@@ -85,7 +50,7 @@ class StageLayer(nn.Module):
         self.kind, self.gated, self.asymmetric = stage.kind, style.gated, False
         rows = rows_of(stage)
         made = [[style.factors(head, op) for op in head.operations] for head, _ in rows]
-        F = max(1, max(len(factors) for ops in made for factors in ops))
+        F = stage.factors(style)
         K = max(head.width * style.copies(head) for head, _ in rows)
         E = max(len(ops) for ops in made)
         R = len(rows)
@@ -184,7 +149,7 @@ class MapLayer(StageLayer):
         nn.Module.__init__(self)
         self.kind, self.gated, self.asymmetric = stage.kind, False, True
         (head,) = stage.heads
-        F, K, rows = stage.factors(False), head.width, groups(head)
+        F, K, rows = stage.factors(), head.width, groups(head)
         E = len(stage.asymmetric)
         a, b = torch.zeros(E, F, len(rows), K), torch.zeros(E, F, len(rows), K)
         for e, factors in enumerate(stage.asymmetric):

@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 
 from statetrack.compiler.cascade import LOST, Block, Knowledge, Layer, Map, Reset, View
 
+UNITS = {"integer": 1.0, "unit": 0.5, "normalised": 0.5**0.5}
+"""the kinds of keys: the entries of a swap's key"""
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -64,10 +67,38 @@ class Head:
             self.operations.append(operation)
         return self.operations.index(operation)
 
-    def factors(self, operation: Operation, gated: bool) -> int:
-        """Return how many Householder factors an operation takes."""
-        clears = operation.writes if gated and len(operation.clears) == self.width else operation.clears
-        return sum(len(cycle) - 1 for cycle in operation.cycles) + len(clears)
+
+@dataclass(frozen=True)
+class Style:
+    """How operations become factors."""
+
+    gated: bool = False
+    """a full reset is a decay of 0"""
+    keys: str = "integer"
+    """integer: e_a - e_b; unit: two coordinates each, (1/2, 1/2, -1/2, -1/2), so that keys have length 1 exactly;
+    normalised: (e_a - e_b) / sqrt(2), what a kernel that normalises makes of it, not exact"""
+
+    def copies(self, head: Head) -> int:
+        """Return how many coordinates stand for one: 2 where a key of length 1 needs them."""
+        return 2 if self.keys == "unit" and any(op.cycles for op in head.operations) else 1
+
+    def factors(self, head: Head, operation: Operation) -> list[tuple[dict[int, float], float, float]]:
+        """Return an operation's factors, in order: key entries, value, beta."""
+        n = self.copies(head)
+        unit = UNITS[self.keys]
+        out = []
+        for a, b in operation.swaps:
+            key = {n * a + i: unit for i in range(n)} | {n * b + i: -unit for i in range(n)}
+            out.append((key, 0.0, 2.0))
+        reset = self.gated and len(operation.clears) == head.width
+        for a in operation.clears:
+            if not reset or a in operation.writes:
+                out += [({n * a + i: 1.0}, float(a in operation.writes), 1.0) for i in range(n)]
+        return out
+
+    def resets(self, head: Head, operation: Operation) -> bool:
+        """Whether the operation uses the gate."""
+        return self.gated and len(operation.clears) == head.width > 0
 
 
 def close_cycles(moves: Mapping[int, int]) -> tuple[tuple[int, ...], ...]:

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from statetrack.compiler.assembly import Stage, groups
 from statetrack.compiler.compiled import CompiledAutomaton
-from statetrack.compiler.network import Style
+from statetrack.compiler.operations import Style
 from statetrack.errors import UsageError
 from statetrack.layers import DeltaProduct, DeltaProductConfig
 from statetrack.model import Block, Config, Model
@@ -204,7 +204,7 @@ class _Builder:
     def _mixer(self, level: Level) -> DeltaProductConfig:
         heads = sum(head.width for head in level.stage.heads)
         starts = max(len(set().union(*head.start)) for head in level.stage.heads)
-        return self._config(heads, max(level.stage.factors(False), starts), 0)
+        return self._config(heads, max(level.stage.factors(), starts), 0)
 
     def _repeater(self, repeated: Section) -> DeltaProductConfig:
         return self._config(-(-repeated.size // self.head_dim), 1, 2)

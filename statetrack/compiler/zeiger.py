@@ -29,11 +29,10 @@ from statetrack.compiler.assembly import READING, groups
 from statetrack.compiler.certificate import Certificate, dyadic, run_random_words
 from statetrack.compiler.compiled import Blueprint, CompiledAutomaton
 from statetrack.compiler.network import PIECE, StageState, State
-from statetrack.compiler.operations import Head
+from statetrack.compiler.operations import UNITS, Head
 from statetrack.ops import delta_rule
 
 WORD = 62  # bits of a set in one integer
-UNITS = {"integer": 1.0, "unit": 0.5, "normalised": 0.5**0.5}
 
 
 class ChainLayer(nn.Module):
