@@ -90,6 +90,7 @@ class _Plan:
         wide = min(64 if BK <= 128 and not exact else 32 if BK <= 128 else 16, triton.next_power_of_2(self.V))
         wide = max(16, wide)
         even = even and self.V % wide == 0
+        self.hopper = hopper_walks(q, k, v, BK)
         self.gather = {"EVEN": even, "BQ": self.BQ, "BV": wide, "num_warps": 4 if BK <= 128 and not exact else 8}
         self.gather["STAGES"] = 1
 
@@ -118,6 +119,14 @@ class _Plan:
             *sizes, **self.shapes, **self.common, BACKWARD=backward, num_warps=4, num_stages=1, **registers,
         )  # fmt: skip
         return work
+
+
+def hopper_walks(q: Tensor, k: Tensor, v: Tensor, BK: int) -> bool:
+    """Return whether the walks of hopper.py serve these shapes on this GPU."""
+    if v.dtype != torch.bfloat16 or not v.is_cuda or torch.cuda.get_device_capability(v.device) != (9, 0):
+        return False
+    aligned = all(t.data_ptr() % 16 == 0 for t in (q, k, v))
+    return aligned and q.shape[-1] == BK and BK in (64, 128) and v.shape[-1] % 64 == 0 and v.numel() < 2**31
 
 
 def segments(pairs: int, T: int, C: int) -> int:
@@ -166,6 +175,9 @@ def _forward(
     work = plan.prepare(k, beta, log_decay, 0, plan.most, terms, backward=False)
 
     def run(start: Tensor, end: Tensor, V: int, values: bool, output: bool) -> Tensor:
+        if plan.hopper:
+            _walk_on_hopper(plan, work, (q, k, v, start, o, end, saved, F), scale, V, (keep and output, values, output))
+            return end
         walk[(triton.cdiv(V, plan.BV), plan.S * plan.HV)](
             q, k, v, work["X_hi"], work["X_lo"], work["scales"], work["G"], start, o, end, saved, F,
             plan.starts, plan.bases, plan.T, scale, plan.HK, plan.HV, plan.K, V,
@@ -184,6 +196,24 @@ def _forward(
         states = _compose(A, c, initial, plan.segments, transpose=False)
         final = run(states, c, plan.V, True, True).unflatten(0, (-1, plan.segments))[:, -1].contiguous()
     return o, final, saved, F, A if keep else A.new_empty(0)
+
+
+def _walk_on_hopper(
+    plan: _Plan, work: dict[str, Tensor], tensors: tuple[Tensor, ...], scale: float, V: int, what
+) -> None:
+    from statetrack.ops.delta_rule.triton_hopper import tiles, walk
+
+    q, k, v, start, o, end, saved, F = tensors
+    save, values, output = what
+    keys, columns = plan.HK * plan.K, plan.HV * plan.V
+    o_tiles = tiles(o, columns, plan.BQ, 64)
+    walk[(V // 64, plan.S * plan.HV)](
+        tiles(k, keys, 64, plan.K), tiles(q, keys, plan.BQ, plan.K), tiles(v, columns, 64, 64),
+        tiles(work["X_hi"], ROWS, 64, 64), tiles(work["X_lo"], ROWS, 64, 64),
+        tiles(F, columns, 64, 64) if save else o_tiles, o_tiles, work["scales"], work["G"], F, o, start, end, saved, plan.starts, plan.bases,
+        plan.T, scale, plan.HK, plan.HV, plan.K, V, plan.N, plan.C, plan.BQ,
+        plan.common["GATE"], plan.varlen, save, values, output, plan.walk["TERMS"], num_warps=4,
+    )  # fmt: skip
 
 
 def _compose(A: Tensor, c: Tensor, first: Tensor, count: int, transpose: bool) -> Tensor:
@@ -247,6 +277,9 @@ def _backward(
         walk_scale = scale
 
     def run(work: dict[str, Tensor], ends: Tensor, out: Tensor, low: int, high: int, output: bool) -> None:
+        if plan.hopper:
+            _walk_back_on_hopper(plan, work, (q, k, d_out, out, ends, dv, d_saved), walk_scale, low, high, output)
+            return
         walk_back[(triton.cdiv(plan.V, plan.BV), plan.S * plan.HV)](
             q, k, d_out, work["X_hi"], work["X_lo"], work["scales"], work["G"], out, ends, dv, d_saved,
             plan.starts, plan.bases, plan.T, low, high, walk_scale, plan.HK, plan.HV, plan.K, plan.V,
@@ -272,6 +305,22 @@ def _backward(
         dq, dk = (x.unflatten(-2, (plan.HK, groups)).sum(-2) for x in (dq, dk))
     d_decay = d_decay if log_decay is None else d_decay.to(log_decay.dtype)
     return dq.to(q.dtype), dk.to(k.dtype), dv, d_beta.to(beta.dtype), d_decay, d_state
+
+
+def _walk_back_on_hopper(
+    plan: _Plan, work: dict[str, Tensor], tensors: tuple[Tensor, ...], scale: float, low: int, high: int, output: bool
+) -> None:
+    from statetrack.ops.delta_rule.triton_hopper import tiles, walk_back
+
+    q, k, d_out, out, ends, z, d_saved = tensors
+    keys, columns = plan.HK * plan.K, plan.HV * plan.V
+    walk_back[(plan.V // 64, plan.S * plan.HV)](
+        tiles(k, keys, 64, plan.K), tiles(q, keys, plan.BQ, plan.K), tiles(d_out, columns, plan.BQ, 64),
+        tiles(work["X_hi"], ROWS, 64, 64), tiles(work["X_lo"], ROWS, 64, 64), tiles(z, columns, 64, 64),
+        work["scales"], work["G"], z, out, ends, d_saved, plan.starts, plan.bases,
+        plan.T, low, high, scale, plan.HK, plan.HV, plan.K, plan.V, plan.N, plan.C, plan.BQ,
+        plan.common["GATE"], plan.varlen, output, plan.walk["TERMS"], num_warps=4,
+    )  # fmt: skip
 
 
 def _ranges(plan: _Plan) -> list[tuple[int, int]]:

@@ -79,8 +79,7 @@ def walk_back(
             x_lo = tl.load(X_lo + slot * 4096 + xp)
         else:
             x_lo = x_hi
-        w = tl.load(scales + slot * 256 + i)
-        p = tl.load(scales + slot * 256 + 128 + i)
+        read = tl.load(scales + slot * 256 + i)
 
         s_hi, s_lo = split(DT, EXACT)
         if OUTPUT:
@@ -91,7 +90,6 @@ def walk_back(
                 tl.store(keep, (DT * scale).to(d_saved.dtype.element_ty), mask=in_v[:, None] & in_k[None, :])
         P = dot(qt, tl.trans(kt), EXACT)
         UT = dot_split(s_hi, s_lo, tl.trans(kt), TERMS, EXACT)
-        read = w * p
         if GATE:
             at = tl.minimum(iq * N, 63)
             g_hi = tl.load(G + slot * 128 + i)
@@ -156,9 +154,9 @@ def gather(
     z += (token * N * HV + h) * V
     F += (token * N * HV + h) * V
     d_out += (token * HV + h) * V
-    w = tl.load(scales + slot * 256 + i)
-    n = tl.load(scales + slot * 256 + 64 + i)
-    p = tl.load(scales + slot * 256 + 128 + i)
+    p = tl.load(scales + slot * 256 + 192 + i)
+    w = tl.load(scales + slot * 256 + i) / p
+    n = tl.load(scales + slot * 256 + 64 + i) * p
     if GATE:
         at = tl.minimum(iq * N, 63)
         g_hi = tl.load(G + slot * 128 + i)

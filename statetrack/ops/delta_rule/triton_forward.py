@@ -7,12 +7,13 @@ largest entry near 1, n = |p k| and w = beta / n^2,
 
 `walk` holds S^T [V K] in float32 and feeds the tensor cores two-term splits of it, of R and of U, chunk after chunk:
 
-    R = n v - p D_i0 k S,   F = X R,   U = p w F
+    R = (n / p) v - D_i0 k S,   F = X p R,   U = p w F
     o_i = D_i0 q_i S + sum_j D_ij (q_i.k_j) U_j,   S <- D_C0 S + (D_Cj k)^T U
 
 Everything is computed transposed (V rows), so that S, R and U go from one product's accumulator into the next product's
-left operand without leaving registers. Keys enter the products as stored. For the backward, `prepare` computes the
-other form, p (I + diag(w) L)^-1, and `walk` saves S at the chunks' starts and F.
+left operand without leaving registers. Keys enter the products as stored, and `prepare` writes X p. For the backward it
+writes the other form, p (I + diag(w) L)^-1, and `walk` saves S at the chunks' starts and F. On Hopper GPUs with bf16
+tensors hopper.py walks instead.
 
 Letters: B batch, T tokens, C tokens per chunk, N factors per token, M rows of a chunk (64, the last ones empty when N
 does not divide 64), H value heads, K key dim, V value dim. A `slot` numbers the (sequence, chunk) pairs of a workspace.
@@ -87,7 +88,7 @@ def prepare(
     N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     GATE: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Write one chunk's X (as two terms), w, n, p, the rest of w and the running log decay (as two terms)."""
+    """Write one chunk's X (as two terms), p w, n / p, p times the rest of w, p, and the log decay (as two terms)."""
     slot = tl.program_id(0) // HV  # heads vary fastest: their rows are neighbours in memory
     h = tl.program_id(0) % HV
     s, c = chunk_of(slot, slots, c_lo, n_chunks, VARLEN)
@@ -120,15 +121,17 @@ def prepare(
     X = _unit_lower_inverse(A, EXACT)
     if BACKWARD:
         X *= p[:, None]
+    else:
+        X *= p[None, :]
     hi, lo = split(X, EXACT)
     tile = out * 64 + i[:, None] * 64 + i[None, :]
     tl.store(X_hi + tile, hi)
     if not EXACT:
         tl.store(X_lo + tile, lo)
-    tl.store(scales + out * 4 + i, w)
-    tl.store(scales + out * 4 + 64 + i, tl.sqrt(squared.to(tl.float32)))
-    tl.store(scales + out * 4 + 128 + i, p)
-    tl.store(scales + out * 4 + 192 + i, (both - w.to(tl.float64)).to(tl.float32))
+    tl.store(scales + out * 4 + i, w * p)
+    tl.store(scales + out * 4 + 64 + i, tl.sqrt(squared.to(tl.float32)) / p)
+    tl.store(scales + out * 4 + 128 + i, (both - w.to(tl.float64)).to(tl.float32) * p)
+    tl.store(scales + out * 4 + 192 + i, p)
 
 
 @triton.jit
@@ -194,7 +197,6 @@ def walk(
             x_lo = x_hi
         w = tl.load(scales + slot * 256 + i)
         n = tl.load(scales + slot * 256 + 64 + i)
-        p = tl.load(scales + slot * 256 + 128 + i)
 
         s_hi, s_lo = split(ST, EXACT)
         if SAVE:
@@ -204,7 +206,6 @@ def walk(
             else:
                 tl.store(keep, s_hi, mask=in_v[:, None] & in_k[None, :])
         RT = dot_split(s_hi, s_lo, tl.trans(kt), TERMS, EXACT)
-        RT *= p[None, :]
         if GATE:
             g_hi = tl.load(G + slot * 128 + i)
             g_lo = tl.load(G + slot * 128 + 64 + i)
@@ -224,10 +225,9 @@ def walk(
             else:
                 tl.store(fp, UT.to(F.dtype.element_ty), mask=rows[None, :] & in_v[:, None])
         if TERMS == 2:  # the rounding of w is the same whenever a key recurs, so it would add up
-            w_lo = tl.load(scales + slot * 256 + 192 + i)
-            UT = UT * (w * p)[None, :] + UT * (w_lo * p)[None, :]
+            UT = UT * w[None, :] + UT * tl.load(scales + slot * 256 + 128 + i)[None, :]
         else:
-            UT *= (w * p)[None, :]
+            UT *= w[None, :]
         u_hi, u_lo = split(UT, EXACT)
         if OUTPUT:
             OT = dot(s_hi, tl.trans(qt), EXACT)
