@@ -210,7 +210,8 @@ def _walk_on_hopper(
     walk[(V // 64, plan.S * plan.HV)](
         tiles(k, keys, 64, plan.K), tiles(q, keys, plan.BQ, plan.K), tiles(v, columns, 64, 64),
         tiles(work["X_hi"], ROWS, 64, 64), tiles(work["X_lo"], ROWS, 64, 64),
-        tiles(F, columns, 64, 64) if save else o_tiles, o_tiles, work["scales"], work["G"], F, o, start, end, saved, plan.starts, plan.bases,
+        tiles(F, columns, 64, 64) if save else o_tiles, o_tiles,
+        work["scales"], work["G"], F, o, start, end, saved, plan.starts, plan.bases,
         plan.T, scale, plan.HK, plan.HV, plan.K, V, plan.N, plan.C, plan.BQ,
         plan.common["GATE"], plan.varlen, save, values, output, plan.walk["TERMS"], num_warps=4,
     )  # fmt: skip
@@ -295,6 +296,10 @@ def _backward(
             run(work, c, c, low, high, False)
             d_state = _compose(A, c, d_final, plan.segments, transpose=True)
         run(work, d_state, d_state, low, high, True)
+        if plan.hopper:
+            grads = q, k, v, log_decay, d_out, saved, F, d_saved, dv, dq, dk, d_beta, d_decay
+            _gather_on_hopper(plan, work, grads, scale, low, high)
+            continue
         gather[(slots * plan.HV,)](
             q, k, v, log_decay, d_out, work["scales"], work["G"], saved, F, d_saved, dv, dq, dk, d_beta, d_decay,
             plan.starts, plan.slots, plan.T, low, high - low, plan.most, scale, plan.HK, plan.HV, plan.K, plan.V,
@@ -320,6 +325,24 @@ def _walk_back_on_hopper(
         work["scales"], work["G"], z, out, ends, d_saved, plan.starts, plan.bases,
         plan.T, low, high, scale, plan.HK, plan.HV, plan.K, plan.V, plan.N, plan.C, plan.BQ,
         plan.common["GATE"], plan.varlen, output, plan.walk["TERMS"], num_warps=4,
+    )  # fmt: skip
+
+
+def _gather_on_hopper(
+    plan: _Plan, work: dict[str, Tensor], tensors: tuple[Tensor, ...], scale: float, low: int, high: int
+) -> None:
+    from statetrack.ops.delta_rule.triton_hopper import tiles
+    from statetrack.ops.delta_rule.triton_hopper_gather import gather
+
+    q, k, v, log_decay, d_out, saved, F, d_saved, z, dq, dk, d_beta, d_decay = tensors
+    keys, columns = plan.HK * plan.K, plan.HV * plan.V
+    registers = {} if plan.common["GATE"] else {"maxnreg": 128}  # two programs per multiprocessor
+    gather[(work["X_hi"].shape[0] * plan.HV,)](
+        tiles(k, keys, 64, plan.K), tiles(q, keys, plan.BQ, plan.K), tiles(d_out, columns, plan.BQ, 64),
+        tiles(saved, plan.K, 64, plan.K), tiles(d_saved, plan.K, 64, plan.K), v, F, z, log_decay,
+        work["scales"], work["G"], dq, dk, d_beta, d_decay, plan.starts, plan.slots,
+        plan.T, low, high - low, plan.most, scale, plan.HK, plan.HV, plan.K, plan.V, plan.N, plan.C, plan.BQ,
+        plan.common["GATE"], plan.varlen, num_warps=8, **registers,
     )  # fmt: skip
 
 
