@@ -22,6 +22,7 @@ import triton
 from torch import Tensor
 
 from statetrack.errors import UsageError
+from statetrack.ops.delta_rule import hopper
 from statetrack.ops.delta_rule.triton_backward import gather, walk_back
 from statetrack.ops.delta_rule.triton_decode import step
 from statetrack.ops.delta_rule.triton_forward import ROWS, prepare, walk
@@ -59,7 +60,7 @@ def delta_rule_triton(
     return o, state
 
 
-class _Plan:
+class Plan:
     """The sizes and the compile-time choices that all launches of one call share."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, packed: list[int], terms: int):
@@ -90,7 +91,7 @@ class _Plan:
         wide = min(64 if BK <= 128 and not exact else 32 if BK <= 128 else 16, triton.next_power_of_2(self.V))
         wide = max(16, wide)
         even = even and self.V % wide == 0
-        self.hopper = hopper_walks(q, k, v, BK)
+        self.hopper = hopper.serves(q, v)
         self.gather = {"EVEN": even, "BQ": self.BQ, "BV": wide, "num_warps": 4 if BK <= 128 and not exact else 8}
         self.gather["STAGES"] = 1
 
@@ -119,14 +120,6 @@ class _Plan:
             *sizes, **self.shapes, **self.common, BACKWARD=backward, num_warps=4, num_stages=1, **registers,
         )  # fmt: skip
         return work
-
-
-def hopper_walks(q: Tensor, k: Tensor, v: Tensor, BK: int) -> bool:
-    """Return whether the walks of hopper.py serve these shapes on this GPU."""
-    if v.dtype != torch.bfloat16 or not v.is_cuda or torch.cuda.get_device_capability(v.device) != (9, 0):
-        return False
-    aligned = all(t.data_ptr() % 16 == 0 for t in (q, k, v))
-    return aligned and q.shape[-1] == BK and BK in (64, 128) and v.shape[-1] % 64 == 0 and v.numel() < 2**31
 
 
 def segments(pairs: int, T: int, C: int) -> int:
@@ -166,7 +159,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     q, k, v, beta, initial = (t.contiguous() for t in (q, k, v, beta, initial_state.float()))
     log_decay = None if log_decay is None else log_decay.contiguous()
-    plan = _Plan(q, k, v, log_decay, packed, terms)
+    plan = Plan(q, k, v, log_decay, packed, terms)
     o, final = torch.empty_like(v[:, :, 0]), torch.empty_like(initial)
     saved = v.new_empty(_saved_shape(plan, keep), dtype=plan.low)
     F = v.new_empty(v.shape if keep else (0,), dtype=plan.low)
@@ -176,7 +169,9 @@ def _forward(
 
     def run(start: Tensor, end: Tensor, V: int, values: bool, output: bool) -> Tensor:
         if plan.hopper:
-            _walk_on_hopper(plan, work, (q, k, v, start, o, end, saved, F), scale, V, (keep and output, values, output))
+            hopper.launch_walk(
+                plan, work, (q, k, v, start, o, end, saved, F), scale, V, (keep and output, values, output)
+            )
             return end
         walk[(triton.cdiv(V, plan.BV), plan.S * plan.HV)](
             q, k, v, work["X_hi"], work["X_lo"], work["scales"], work["G"], start, o, end, saved, F,
@@ -198,25 +193,6 @@ def _forward(
     return o, final, saved, F, A if keep else A.new_empty(0)
 
 
-def _walk_on_hopper(
-    plan: _Plan, work: dict[str, Tensor], tensors: tuple[Tensor, ...], scale: float, V: int, what
-) -> None:
-    from statetrack.ops.delta_rule.triton_hopper import tiles, walk
-
-    q, k, v, start, o, end, saved, F = tensors
-    save, values, output = what
-    keys, columns = plan.HK * plan.K, plan.HV * plan.V
-    o_tiles = tiles(o, columns, plan.BQ, 64)
-    walk[(V // 64, plan.S * plan.HV)](
-        tiles(k, keys, 64, plan.K), tiles(q, keys, plan.BQ, plan.K), tiles(v, columns, 64, 64),
-        tiles(work["X_hi"], ROWS, 64, 64), tiles(work["X_lo"], ROWS, 64, 64),
-        tiles(F, columns, 64, 64) if save else o_tiles, o_tiles,
-        work["scales"], work["G"], F, o, start, end, saved, plan.starts, plan.bases,
-        plan.T, scale, plan.HK, plan.HV, plan.K, V, plan.N, plan.C, plan.BQ,
-        plan.common["GATE"], plan.varlen, save, values, output, plan.walk["TERMS"], num_warps=4,
-    )  # fmt: skip
-
-
 def _compose(A: Tensor, c: Tensor, first: Tensor, count: int, transpose: bool) -> Tensor:
     """Return each segment's initial state [S H K V] under S <- A S + c (backwards and with A^T if transpose)."""
     A, c = (x.unflatten(0, (-1, count)).double() for x in (A, c))
@@ -227,7 +203,7 @@ def _compose(A: Tensor, c: Tensor, first: Tensor, count: int, transpose: bool) -
     return torch.stack(out, 1).flatten(0, 1)
 
 
-def _saved_shape(plan: _Plan, keep: bool) -> tuple[int, ...]:
+def _saved_shape(plan: Plan, keep: bool) -> tuple[int, ...]:
     return (plan.chunks, plan.HV, plan.V, plan.K) if keep else (0,)
 
 
@@ -264,7 +240,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     q, k, v, beta, d_out, d_final = (t.contiguous() for t in (q, k, v, beta, d_out.to(v.dtype), d_final.float()))
     log_decay = None if log_decay is None else log_decay.contiguous()
-    plan = _Plan(q, k, v, log_decay, packed, terms)
+    plan = Plan(q, k, v, log_decay, packed, terms)
     groups = plan.HV // plan.HK
     per_value_head = q.dtype if groups == 1 else torch.float32  # summed over the group afterwards
     dq, dk = (x.new_empty(*x.shape[:-2], plan.HV, plan.K, dtype=per_value_head) for x in (q, k))
@@ -279,7 +255,7 @@ def _backward(
 
     def run(work: dict[str, Tensor], ends: Tensor, out: Tensor, low: int, high: int, output: bool) -> None:
         if plan.hopper:
-            _walk_back_on_hopper(plan, work, (q, k, d_out, out, ends, dv, d_saved), walk_scale, low, high, output)
+            hopper.launch_walk_back(plan, work, (q, k, d_out, out, ends, dv, d_saved), walk_scale, low, high, output)
             return
         walk_back[(triton.cdiv(plan.V, plan.BV), plan.S * plan.HV)](
             q, k, d_out, work["X_hi"], work["X_lo"], work["scales"], work["G"], out, ends, dv, d_saved,
@@ -298,7 +274,7 @@ def _backward(
         run(work, d_state, d_state, low, high, True)
         if plan.hopper:
             grads = q, k, v, log_decay, d_out, saved, F, d_saved, dv, dq, dk, d_beta, d_decay
-            _gather_on_hopper(plan, work, grads, scale, low, high)
+            hopper.launch_gather(plan, work, grads, scale, low, high)
             continue
         gather[(slots * plan.HV,)](
             q, k, v, log_decay, d_out, work["scales"], work["G"], saved, F, d_saved, dv, dq, dk, d_beta, d_decay,
@@ -312,41 +288,7 @@ def _backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv, d_beta.to(beta.dtype), d_decay, d_state
 
 
-def _walk_back_on_hopper(
-    plan: _Plan, work: dict[str, Tensor], tensors: tuple[Tensor, ...], scale: float, low: int, high: int, output: bool
-) -> None:
-    from statetrack.ops.delta_rule.triton_hopper import tiles, walk_back
-
-    q, k, d_out, out, ends, z, d_saved = tensors
-    keys, columns = plan.HK * plan.K, plan.HV * plan.V
-    walk_back[(plan.V // 64, plan.S * plan.HV)](
-        tiles(k, keys, 64, plan.K), tiles(q, keys, plan.BQ, plan.K), tiles(d_out, columns, plan.BQ, 64),
-        tiles(work["X_hi"], ROWS, 64, 64), tiles(work["X_lo"], ROWS, 64, 64), tiles(z, columns, 64, 64),
-        work["scales"], work["G"], z, out, ends, d_saved, plan.starts, plan.bases,
-        plan.T, low, high, scale, plan.HK, plan.HV, plan.K, plan.V, plan.N, plan.C, plan.BQ,
-        plan.common["GATE"], plan.varlen, output, plan.walk["TERMS"], num_warps=4,
-    )  # fmt: skip
-
-
-def _gather_on_hopper(
-    plan: _Plan, work: dict[str, Tensor], tensors: tuple[Tensor, ...], scale: float, low: int, high: int
-) -> None:
-    from statetrack.ops.delta_rule.triton_hopper import tiles
-    from statetrack.ops.delta_rule.triton_hopper_gather import gather
-
-    q, k, v, log_decay, d_out, saved, F, d_saved, z, dq, dk, d_beta, d_decay = tensors
-    keys, columns = plan.HK * plan.K, plan.HV * plan.V
-    registers = {} if plan.common["GATE"] else {"maxnreg": 128}  # two programs per multiprocessor
-    gather[(work["X_hi"].shape[0] * plan.HV,)](
-        tiles(k, keys, 64, plan.K), tiles(q, keys, plan.BQ, plan.K), tiles(d_out, columns, plan.BQ, 64),
-        tiles(saved, plan.K, 64, plan.K), tiles(d_saved, plan.K, 64, plan.K), v, F, z, log_decay,
-        work["scales"], work["G"], dq, dk, d_beta, d_decay, plan.starts, plan.slots,
-        plan.T, low, high - low, plan.most, scale, plan.HK, plan.HV, plan.K, plan.V, plan.N, plan.C, plan.BQ,
-        plan.common["GATE"], plan.varlen, num_warps=8, **registers,
-    )  # fmt: skip
-
-
-def _ranges(plan: _Plan) -> list[tuple[int, int]]:
+def _ranges(plan: Plan) -> list[tuple[int, int]]:
     """Return the ranges of chunks that the backward takes one after another, last one first."""
     if plan.chunks == 0:
         return []

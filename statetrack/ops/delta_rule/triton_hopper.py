@@ -10,10 +10,11 @@ No fence, barrier or branch may stand between a product and the wait for it: ptx
 Letters as in triton_forward.py.
 """
 
+# Gluon's types are its compiler's:
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false
 
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -24,10 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 COLUMNS = gl.constexpr(64)  # value columns of a warpgroup
-WIDE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed between Triton 3.6 and 3.7
 
 
@@ -503,8 +502,3 @@ def walk_back(
             _put(page, z, z_rows, (first + c * C) * N, column, HV * V, now * N)
     tma.store_wait(0)
     gl.store(d_state + tile, DT * scale)
-
-
-def tiles(t: Tensor, width: int, rows: int, columns: int) -> TensorDescriptor:
-    """Describe a bf16 tensor as a matrix of this width, from which tiles are copied."""
-    return TensorDescriptor.from_tensor(t.view(-1, width), [rows, columns], WIDE)

@@ -8,8 +8,10 @@ is the difference of k.R and k.W (and q.dq for queries).
 Letters as in triton_forward.py.
 """
 
+# Gluon's types are its compiler's:
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
