@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from statetrack.errors import UsageError
-from statetrack.ops.delta_rule import hopper
+from statetrack.ops.delta_rule import triton_hopper as hopper
 from statetrack.ops.delta_rule.triton_backward import gather, walk_back
 from statetrack.ops.delta_rule.triton_decode import step
 from statetrack.ops.delta_rule.triton_forward import ROWS, prepare, walk

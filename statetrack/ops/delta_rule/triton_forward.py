@@ -13,7 +13,7 @@ largest entry near 1, n = |p k| and w = beta / n^2,
 Everything is computed transposed (V rows), so that S, R and U go from one product's accumulator into the next product's
 left operand without leaving registers. Keys enter the products as stored, and `prepare` writes X p. For the backward it
 writes the other form, p (I + diag(w) L)^-1, and `walk` saves S at the chunks' starts and F. On Hopper GPUs with bf16
-tensors hopper.py walks instead.
+tensors triton_hopper.py walks instead.
 
 Letters: B batch, T tokens, C tokens per chunk, N factors per token, M rows of a chunk (64, the last ones empty when N
 does not divide 64), H value heads, K key dim, V value dim. A `slot` numbers the (sequence, chunk) pairs of a workspace.

@@ -1,504 +1,81 @@
-"""The delta rule's walks on Hopper GPUs, in Gluon: what `triton_forward.walk` computes, in less time.
+"""Launches of the Gluon kernels: what triton.py runs on Hopper GPUs instead of three of its Triton kernels."""
 
-Gluon is Triton's language with explicit layouts, copies and waits. One warpgroup walks with 64 value columns of one
-head, and two of them share a multiprocessor, so that one fills the tensor cores while the other splits its numbers. S,
-R and U stay in registers, from where `wgmma` takes its left operand. The tensor memory accelerator copies a chunk's
-tiles into shared memory while the chunk before it is worked on.
+# Launches take constexpr parameters and options that no signature shows:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
-No fence, barrier or branch may stand between a product and the wait for it: ptxas 12.8 crashes on it.
+from __future__ import annotations
 
-Letters as in triton_forward.py.
-"""
+from typing import TYPE_CHECKING
 
-# Gluon's types are its compiler's:
-# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false, reportIndexIssue=false
-# pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false
-
-from triton.experimental import gluon
+import torch
+from torch import Tensor
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-COLUMNS = gl.constexpr(64)  # value columns of a warpgroup
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed between Triton 3.6 and 3.7
+from statetrack.ops.delta_rule.triton_hopper_gather import gather
+from statetrack.ops.delta_rule.triton_hopper_walk import walk, walk_back
+
+if TYPE_CHECKING:
+    from statetrack.ops.delta_rule.triton import Plan
+
+SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
-@gluon.jit
-def _split(x):
-    """Return a float32 tile as two bf16 terms."""
-    return gl.inline_asm_elementwise(
-        """{ .reg .b32 a, b;
-        cvt.rn.bf16x2.f32 $0, $3, $2;
-        shl.b32 a, $0, 16;
-        and.b32 b, $0, 0xffff0000;
-        sub.f32 a, $2, a;
-        sub.f32 b, $3, b;
-        cvt.rn.bf16x2.f32 $1, b, a; }""",
-        "=&r,=r,r,r",
-        [x],
-        dtype=(gl.bfloat16, gl.bfloat16),
-        is_pure=True,
-        pack=2,
-    )
+def serves(q: Tensor, v: Tensor) -> bool:
+    """Return whether the kernels are made for these tensors and their GPU."""
+    if v.dtype != torch.bfloat16 or not v.is_cuda or torch.cuda.get_device_capability(v.device) != (9, 0):
+        return False
+    return q.shape[-1] in (64, 128) and v.shape[-1] % 64 == 0 and v.numel() < 2**31
 
 
-@gluon.jit
-def _exp(x):
-    """Return exp of a tile that is at most 0; 0 below about -87."""
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x * 1.4426950408889634], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _blank(tile, alive):
-    """Clear the rows from `alive` on of a tile in shared memory."""
-    across: gl.constexpr = tile.shape[1] // 8
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
-    i = gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout))
-    tile.store(gl.where((i < alive)[:, None], tile.load(layout), 0.0))
-
-
-@gluon.jit
-def _fetch_vector(vector, source, step: gl.constexpr = 1):
-    """Start the copy of every step-th of 64 floats into shared memory."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    at = gl.minimum(gl.arange(0, vector.shape[0], layout) * step, 63)
-    async_copy.async_copy_global_to_shared(vector, source + at)
-
-
-@gluon.jit
-def _fetch(
-    ready, k, q, v, X_hi, X_lo, scales, G, keys, queries, values, high, low, ws, rests, ns, g_his, g_los, q_his, q_los,
-    c, first, base, hk, h, column,
-    HV: gl.constexpr, K: gl.constexpr, N: gl.constexpr, C: gl.constexpr, BQ: gl.constexpr,
-    GATE: gl.constexpr, VALUES: gl.constexpr, OUTPUT: gl.constexpr, TERMS: gl.constexpr,
-):  # fmt: skip
-    """Start the copies of chunk c's tiles into shared memory."""
-    size: gl.constexpr = (
-        128 * K + (2 * BQ * K if OUTPUT else 0) + (128 * COLUMNS if VALUES else 0) + 8192 * TERMS
+def launch_walk(plan: Plan, work: dict[str, Tensor], tensors: tuple[Tensor, ...], scale: float, V: int, what) -> None:
+    """Walk over all chunks; V: value columns of the state, what: (save for the backward?, take values?, output?)."""
+    q, k, v, start, o, end, saved, F = tensors
+    save, values, output = what
+    keys, columns = plan.HK * plan.K, plan.HV * plan.V
+    o_tiles = _tiles(o, columns, plan.BQ, 64)
+    walk[(V // 64, plan.S * plan.HV)](
+        _tiles(k, keys, 64, plan.K), _tiles(q, keys, plan.BQ, plan.K), _tiles(v, columns, 64, 64),
+        _tiles(work["X_hi"], 64, 64, 64), _tiles(work["X_lo"], 64, 64, 64),
+        _tiles(F, columns, 64, 64) if save else o_tiles, o_tiles,
+        work["scales"], work["G"], F, o, start, end, saved, plan.starts, plan.bases,
+        plan.T, scale, plan.HK, plan.HV, plan.K, V, plan.N, plan.C, plan.BQ,
+        plan.common["GATE"], plan.varlen, save, values, output, plan.walk["TERMS"], num_warps=4,
     )  # fmt: skip
-    mbarrier.expect(ready, size)
-    token = first + c * C
-    slot = (base + c) * HV + h
-    tma.async_copy_global_to_shared(k, [token * N, hk * K], ready, keys.index(c % 2))
-    if OUTPUT:
-        tma.async_copy_global_to_shared(q, [token, hk * K], ready, queries)
-    if VALUES:
-        tma.async_copy_global_to_shared(v, [token * N, column], ready, values)
-    tma.async_copy_global_to_shared(X_hi, [slot * 64, 0], ready, high)
-    if TERMS == 2:
-        tma.async_copy_global_to_shared(X_lo, [slot * 64, 0], ready, low)
-    scales += slot.to(gl.int64) * 256
-    _fetch_vector(ws.index(c % 2), scales)
-    if TERMS == 2:
-        _fetch_vector(rests.index(c % 2), scales + 128)
-    if VALUES:
-        _fetch_vector(ns.index(c % 2), scales + 64)
-    if GATE:
-        G += slot.to(gl.int64) * 128
-        _fetch_vector(g_his.index(c % 2), G)
-        _fetch_vector(g_los.index(c % 2), G + 64)
-        if OUTPUT:
-            _fetch_vector(q_his.index(c % 2), G, N)
-            _fetch_vector(q_los.index(c % 2), G + 64, N)
-    async_copy.commit_group()
 
 
-@gluon.jit
-def _fetch_back(
-    ready, k, q, d_out, X_hi, X_lo, scales, G, keys, queries, asked, high, low, ws, g_his, g_los, q_his, q_los,
-    c, first, base, hk, h, column,
-    HV: gl.constexpr, K: gl.constexpr, N: gl.constexpr, C: gl.constexpr, BQ: gl.constexpr,
-    GATE: gl.constexpr, TERMS: gl.constexpr,
-):  # fmt: skip
-    """Start the copies of what the walk back needs of chunk c."""
-    mbarrier.expect(ready, 128 * K + 2 * BQ * K + 2 * BQ * COLUMNS + 8192 * TERMS)
-    token = first + c * C
-    slot = (base + c) * HV + h
-    tma.async_copy_global_to_shared(k, [token * N, hk * K], ready, keys.index(c % 2))
-    tma.async_copy_global_to_shared(q, [token, hk * K], ready, queries)
-    tma.async_copy_global_to_shared(d_out, [token, column], ready, asked)
-    tma.async_copy_global_to_shared(X_hi, [slot * 64, 0], ready, high)
-    if TERMS == 2:
-        tma.async_copy_global_to_shared(X_lo, [slot * 64, 0], ready, low)
-    _fetch_vector(ws.index(c % 2), scales + slot.to(gl.int64) * 256)
-    if GATE:
-        G += slot.to(gl.int64) * 128
-        _fetch_vector(g_his.index(c % 2), G)
-        _fetch_vector(g_los.index(c % 2), G + 64)
-        _fetch_vector(q_his.index(c % 2), G, N)
-        _fetch_vector(q_los.index(c % 2), G + 64, N)
-    async_copy.commit_group()
-
-
-@gluon.jit
-def _put(page, view, rows, row, column, stride: gl.constexpr, alive):
-    """Store a page of shared memory at (row, column) of a two-dimensional view, only the rows before `alive`.
-
-    `rows` points to the view's first element.
-    """
-    if alive == page.shape[0]:
-        tma.async_copy_shared_to_global(view, [row, column], page)
-    else:
-        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        i = gl.arange(0, page.shape[0], gl.SliceLayout(1, layout))
-        x = gl.arange(0, page.shape[1], gl.SliceLayout(0, layout))
-        at = rows + row.to(gl.int64) * stride + column + ((i * stride)[:, None] + x[None, :])
-        gl.store(at, page.load(layout), mask=(i < alive)[:, None] & (x >= 0)[None, :])
-
-
-@gluon.jit
-def walk(
-    k, q, v, X_hi, X_lo, F, o, scales, G, F_rows, o_rows, initial, final, saved, starts, bases,
-    T, scale,
-    HK: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
-    N: gl.constexpr, C: gl.constexpr, BQ: gl.constexpr,
-    GATE: gl.constexpr, VARLEN: gl.constexpr, SAVE: gl.constexpr,
-    VALUES: gl.constexpr, OUTPUT: gl.constexpr, TERMS: gl.constexpr,
-):  # fmt: skip
-    """Walk over the chunks of one sequence and head, for 64 columns of the state.
-
-    k to o are descriptors of two-dimensional views, F_rows and o_rows pointers to the same; the rest is as in
-    `triton_forward.walk`.
-    """
-    B16: gl.constexpr = gl.bfloat16
-    by_row: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])  # [V M]
-    by_query: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BQ, 16])  # [V Q]
-    by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])  # [V K]
-    in_row: gl.constexpr = gl.SliceLayout(0, by_row)
-    in_query: gl.constexpr = gl.SliceLayout(0, by_query)
-    left: gl.constexpr = gl.DotOperandLayout(0, by_row, 2)
-    left_k: gl.constexpr = gl.DotOperandLayout(0, by_key, 2)
-    left_q: gl.constexpr = gl.DotOperandLayout(0, by_query, 2)
-
-    iv = gl.program_id(0)
-    sh = gl.program_id(1)
-    s = sh // HV
-    h = sh % HV
-    hk = h // (HV // HK)
-    if VARLEN:
-        first = gl.load(starts + s)
-        total = gl.load(starts + s + 1) - first
-        base = gl.load(bases + s)
-    else:
-        first = s * T
-        total = T
-        base = s * ((T + C - 1) // C)
-    chunks = (total + C - 1) // C
-    column = h * V + iv * COLUMNS
-
-    keys = gl.allocate_shared_memory(B16, [2, 64, K], k.layout)
-    queries = gl.allocate_shared_memory(B16, [BQ, K], q.layout)
-    values = gl.allocate_shared_memory(B16, [64, COLUMNS], v.layout)
-    high = gl.allocate_shared_memory(B16, [64, 64], X_hi.layout)
-    low = gl.allocate_shared_memory(B16, [64, 64], X_lo.layout)
-    scores = gl.allocate_shared_memory(B16, [BQ, 64], X_hi.layout)
-    page = gl.allocate_shared_memory(B16, [BQ, COLUMNS], o.layout)
-    page_F = gl.allocate_shared_memory(B16, [64, COLUMNS], F.layout)
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    ws = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
-    rests = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
-    ns = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
-    g_his = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
-    g_los = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
-    q_his = gl.allocate_shared_memory(gl.float32, [2, BQ], flat)
-    q_los = gl.allocate_shared_memory(gl.float32, [2, BQ], flat)
-    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(ready, count=1)
-    fence_async_shared()
-    barrier()
-    e = gl.arange(0, COLUMNS, gl.SliceLayout(1, by_key))
-    d = gl.arange(0, K, gl.SliceLayout(0, by_key))
-    tile = (sh.to(gl.int64) * K + d[None, :]) * V + iv * COLUMNS + e[:, None]
-    ST = gl.load(initial + tile)
-    keep = (iv * COLUMNS + e[:, None]) * K + d[None, :]
-    jq = gl.arange(0, BQ, in_query)
-
-    _fetch(
-        ready, k, q, v, X_hi, X_lo, scales, G, keys, queries, values, high, low, ws, rests, ns, g_his, g_los, q_his,
-        q_los, 0, first, base, hk, h, column, HV, K, N, C, BQ, GATE, VALUES, OUTPUT, TERMS,
+def launch_walk_back(
+    plan: Plan, work: dict[str, Tensor], tensors: tuple[Tensor, ...], scale: float, low: int, high: int, output: bool
+) -> None:
+    """Walk back over the chunks [low, high) of every sequence (all chunks of packed ones)."""
+    q, k, d_out, out, ends, z, d_saved = tensors
+    keys, columns = plan.HK * plan.K, plan.HV * plan.V
+    walk_back[(plan.V // 64, plan.S * plan.HV)](
+        _tiles(k, keys, 64, plan.K), _tiles(q, keys, plan.BQ, plan.K), _tiles(d_out, columns, plan.BQ, 64),
+        _tiles(work["X_hi"], 64, 64, 64), _tiles(work["X_lo"], 64, 64, 64), _tiles(z, columns, 64, 64),
+        work["scales"], work["G"], z, out, ends, d_saved, plan.starts, plan.bases,
+        plan.T, low, high, scale, plan.HK, plan.HV, plan.K, plan.V, plan.N, plan.C, plan.BQ,
+        plan.common["GATE"], plan.varlen, output, plan.walk["TERMS"], num_warps=4,
     )  # fmt: skip
-    for c in range(0, chunks):
-        here = c % 2
-        key = keys.index(here)
-        now = gl.minimum(total - c * C, C)  # tokens of this chunk
-        mbarrier.wait(ready, here)
-        async_copy.wait_group(0)
-        if now * N < 64:
-            _blank(key, now * N)
-            if VALUES:
-                _blank(values, now * N)
-            fence_async_shared()
-            barrier()
-
-        if OUTPUT:  # what queries see of this chunk's writes
-            PT = gl.zeros([64, BQ], gl.float32, by_query)
-            PT = warpgroup_mma(key, queries.permute((1, 0)), PT, use_acc=False, is_async=True)
-        s_hi, s_lo = _split(ST)
-        s_hi = gl.convert_layout(s_hi, left, assert_trivial=True)
-        s_lo = gl.convert_layout(s_lo, left, assert_trivial=True)
-        if SAVE:
-            to = saved + ((base + c).to(gl.int64) * HV + h) * K * V
-            gl.store(to + keep, gl.convert_layout(s_hi, by_key, assert_trivial=True))
-        if OUTPUT:
-            PT = warpgroup_mma_wait(0, deps=[PT])
-        RT = gl.zeros([COLUMNS, 64], gl.float32, by_row)
-        if TERMS == 2:
-            RT = warpgroup_mma(s_lo, key.permute((1, 0)), RT, use_acc=False, is_async=True)
-            RT = warpgroup_mma(s_hi, key.permute((1, 0)), RT, is_async=True)
-        else:
-            RT = warpgroup_mma(s_hi, key.permute((1, 0)), RT, use_acc=False, is_async=True)
-        if OUTPUT:
-            s_q = gl.convert_layout(s_hi, left_q, assert_trivial=True)
-            OT = gl.zeros([COLUMNS, BQ], gl.float32, by_query)
-            OT = warpgroup_mma(s_q, queries.permute((1, 0)), OT, use_acc=False, is_async=True)
-            i = gl.arange(0, 64, gl.SliceLayout(1, by_query))
-            see = i[:, None] // N <= jq[None, :]
-            if GATE:
-                by_line: gl.constexpr = gl.SliceLayout(1, by_query)
-                PT *= _exp(gl.where(see, (
-                    (q_his.index(here).load(in_query)[None, :] - g_his.index(here).load(by_line)[:, None])
-                    + (q_los.index(here).load(in_query)[None, :] - g_los.index(here).load(by_line)[:, None])
-                ), 0.0))  # fmt: skip
-            PT = gl.where(see, PT, 0.0)
-            scores.permute((1, 0)).store(PT.to(B16))
-            RT = warpgroup_mma_wait(1, deps=[RT])
-        else:
-            RT = warpgroup_mma_wait(0, deps=[RT])
-        if GATE:
-            RT *= _exp(g_his.index(here).load(in_row))[None, :]
-        if VALUES:
-            RT = values.permute((1, 0)).load(by_row).to(gl.float32) * ns.index(here).load(in_row)[None, :] - RT
-        else:
-            RT = -RT
-        r_hi, r_lo = _split(RT)
-        r_hi = gl.convert_layout(r_hi, left, assert_trivial=True)
-        r_lo = gl.convert_layout(r_lo, left, assert_trivial=True)
-        UT = gl.zeros([COLUMNS, 64], gl.float32, by_row)
-        if TERMS == 2:
-            UT = warpgroup_mma(r_lo, high.permute((1, 0)), UT, use_acc=False, is_async=True)
-            UT = warpgroup_mma(r_hi, low.permute((1, 0)), UT, is_async=True)
-            UT = warpgroup_mma(r_hi, high.permute((1, 0)), UT, is_async=True)
-        else:
-            UT = warpgroup_mma(r_hi, high.permute((1, 0)), UT, use_acc=False, is_async=True)
-        if OUTPUT:
-            UT, OT = warpgroup_mma_wait(0, deps=[UT, OT])
-        else:
-            UT = warpgroup_mma_wait(0, deps=[UT])
-        tma.store_wait(0)
-        fence_async_shared()
-        barrier()  # scores are written, pages are free, all but the keys is read
-        if c + 1 < chunks:
-            _fetch(
-                ready, k, q, v, X_hi, X_lo, scales, G, keys, queries, values, high, low, ws, rests, ns, g_his, g_los,
-                q_his, q_los, c + 1, first, base, hk, h, column, HV, K, N, C, BQ, GATE, VALUES, OUTPUT, TERMS,
-            )  # fmt: skip
-        if SAVE:
-            page_F.permute((1, 0)).store(UT.to(B16))
-        if TERMS == 2:  # the rounding of w is the same whenever a key recurs, so it would add up
-            UT = UT * ws.index(here).load(in_row)[None, :] + UT * rests.index(here).load(in_row)[None, :]
-        else:
-            UT = UT * ws.index(here).load(in_row)[None, :]
-        u_hi, u_lo = _split(UT)
-        if OUTPUT:
-            if GATE:
-                OT *= _exp(q_his.index(here).load(in_query))[None, :]
-            u_q = gl.convert_layout(u_hi, left_q, assert_trivial=True)
-            OT = warpgroup_mma(u_q, scores.permute((1, 0)), OT, is_async=True)
-        if GATE:
-            ends = G + ((base + c).to(gl.int64) * HV + h) * 128
-            last_hi, last_lo = gl.load(ends + 63), gl.load(ends + 127)
-            g_hi, g_lo = g_his.index(here).load(in_row), g_los.index(here).load(in_row)
-            u_hi, u_lo = _split(UT * _exp((last_hi - g_hi) + (last_lo - g_lo))[None, :])
-            ST *= gl.exp(last_hi)
-        u_hi = gl.convert_layout(u_hi, left_k, assert_trivial=True)
-        u_lo = gl.convert_layout(u_lo, left_k, assert_trivial=True)
-        ST = warpgroup_mma(u_hi, key, ST, is_async=True)
-        if TERMS == 2:
-            ST = warpgroup_mma(u_lo, key, ST, is_async=True)
-        if OUTPUT:
-            OT = warpgroup_mma_wait(TERMS, deps=[OT])
-            page.permute((1, 0)).store((OT * scale).to(B16))
-        ST = warpgroup_mma_wait(0, deps=[ST])
-        fence_async_shared()
-        barrier()  # pages are written
-        if OUTPUT:
-            _put(page, o, o_rows, first + c * C, column, HV * V, now)
-        if SAVE:
-            _put(page_F, F, F_rows, (first + c * C) * N, column, HV * V, now * N)
-    tma.store_wait(0)
-    gl.store(final + tile, ST)
 
 
-@gluon.jit
-def walk_back(
-    k, q, d_out, X_hi, X_lo, z, scales, G, z_rows, d_state, d_final, d_saved, starts, bases,
-    T, c_lo, c_hi, scale,
-    HK: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
-    N: gl.constexpr, C: gl.constexpr, BQ: gl.constexpr,
-    GATE: gl.constexpr, VARLEN: gl.constexpr, OUTPUT: gl.constexpr, TERMS: gl.constexpr,
-):  # fmt: skip
-    """Walk back from chunk c_hi - 1 to c_lo of one sequence and head, for 64 columns of the state's gradient.
+def launch_gather(
+    plan: Plan, work: dict[str, Tensor], tensors: tuple[Tensor, ...], scale: float, low: int, high: int
+) -> None:
+    """Write the gradients of the chunks [low, high)."""
+    q, k, v, log_decay, d_out, saved, F, d_saved, z, dq, dk, d_beta, d_decay = tensors
+    keys, columns = plan.HK * plan.K, plan.HV * plan.V
+    registers = {} if plan.common["GATE"] else {"maxnreg": 128}  # two programs per multiprocessor
+    gather[(work["X_hi"].shape[0] * plan.HV,)](
+        _tiles(k, keys, 64, plan.K), _tiles(q, keys, plan.BQ, plan.K), _tiles(d_out, columns, plan.BQ, 64),
+        _tiles(saved, plan.K, 64, plan.K), _tiles(d_saved, plan.K, 64, plan.K), v, F, z, log_decay,
+        work["scales"], work["G"], dq, dk, d_beta, d_decay, plan.starts, plan.slots,
+        plan.T, low, high - low, plan.most, scale, plan.HK, plan.HV, plan.K, plan.V, plan.N, plan.C, plan.BQ,
+        plan.common["GATE"], plan.varlen, num_warps=8, **registers,
+    )  # fmt: skip
 
-    k to z are descriptors of two-dimensional views, z_rows is a pointer to z; the rest is as in
-    `triton_backward.walk_back`.
-    """
-    B16: gl.constexpr = gl.bfloat16
-    by_row: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])  # [V M]
-    by_query: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BQ, 16])  # [M Q]
-    by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])  # [V K]
-    in_row: gl.constexpr = gl.SliceLayout(0, by_row)
-    in_query: gl.constexpr = gl.SliceLayout(0, by_query)
-    left: gl.constexpr = gl.DotOperandLayout(0, by_row, 2)
-    left_k: gl.constexpr = gl.DotOperandLayout(0, by_key, 2)
 
-    iv = gl.program_id(0)
-    sh = gl.program_id(1)
-    s = sh // HV
-    h = sh % HV
-    hk = h // (HV // HK)
-    if VARLEN:
-        first = gl.load(starts + s)
-        total = gl.load(starts + s + 1) - first
-        base = gl.load(bases + s)
-        stop = (total + C - 1) // C
-    else:
-        first = s * T
-        total = T
-        base = s * (c_hi - c_lo) - c_lo
-        stop = c_hi
-    column = h * V + iv * COLUMNS
-
-    keys = gl.allocate_shared_memory(B16, [2, 64, K], k.layout)
-    queries = gl.allocate_shared_memory(B16, [BQ, K], q.layout)
-    asked = gl.allocate_shared_memory(B16, [BQ, COLUMNS], d_out.layout)
-    high = gl.allocate_shared_memory(B16, [64, 64], X_hi.layout)
-    low = gl.allocate_shared_memory(B16, [64, 64], X_lo.layout)
-    scores = gl.allocate_shared_memory(B16, [BQ, 64], X_hi.layout)
-    page = gl.allocate_shared_memory(B16, [64, COLUMNS], z.layout)
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    ws = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
-    g_his = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
-    g_los = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
-    q_his = gl.allocate_shared_memory(gl.float32, [2, BQ], flat)
-    q_los = gl.allocate_shared_memory(gl.float32, [2, BQ], flat)
-    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(ready, count=1)
-    fence_async_shared()
-    barrier()
-
-    e = gl.arange(0, COLUMNS, gl.SliceLayout(1, by_key))
-    d = gl.arange(0, K, gl.SliceLayout(0, by_key))
-    tile = (sh.to(gl.int64) * K + d[None, :]) * V + iv * COLUMNS + e[:, None]
-    keep = (iv * COLUMNS + e[:, None]) * K + d[None, :]
-    jq = gl.arange(0, BQ, in_query)
-    # every adjoint is held divided by `scale`, so that dO enters the products as stored
-    DT = gl.load(d_final + tile) / scale
-    if stop > c_lo:
-        _fetch_back(
-            ready, k, q, d_out, X_hi, X_lo, scales, G, keys, queries, asked, high, low, ws, g_his, g_los, q_his, q_los,
-            stop - 1, first, base, hk, h, column, HV, K, N, C, BQ, GATE, TERMS,
-        )  # fmt: skip
-    for back in range(0, stop - c_lo):
-        c = stop - 1 - back
-        here = c % 2
-        key = keys.index(here)
-        now = gl.minimum(total - c * C, C)  # tokens of this chunk
-        mbarrier.wait(ready, back & 1)
-        async_copy.wait_group(0)
-        if now * N < 64:
-            _blank(key, now * N)
-            fence_async_shared()
-        if now < BQ:
-            _blank(queries, now)
-            _blank(asked, now)
-            fence_async_shared()
-        if (now * N < 64) | (now < BQ):
-            barrier()
-
-        PT = gl.zeros([64, BQ], gl.float32, by_query)
-        PT = warpgroup_mma(key, queries.permute((1, 0)), PT, use_acc=False, is_async=True)
-        s_hi, s_lo = _split(DT)
-        s_hi = gl.convert_layout(s_hi, left, assert_trivial=True)
-        s_lo = gl.convert_layout(s_lo, left, assert_trivial=True)
-        PT = warpgroup_mma_wait(0, deps=[PT])
-        i = gl.arange(0, 64, gl.SliceLayout(1, by_query))
-        see = i[:, None] // N <= jq[None, :]
-        if GATE:
-            by_line: gl.constexpr = gl.SliceLayout(1, by_query)
-            PT *= _exp(gl.where(see, (
-                (q_his.index(here).load(in_query)[None, :] - g_his.index(here).load(by_line)[:, None])
-                + (q_los.index(here).load(in_query)[None, :] - g_los.index(here).load(by_line)[:, None])
-            ), 0.0))  # fmt: skip
-        scores.permute((1, 0)).store(gl.where(see, PT, 0.0).to(B16))
-        if OUTPUT:
-            to = d_saved + ((base + c).to(gl.int64) * HV + h) * K * V
-            gl.store(to + keep, (DT * scale).to(B16))
-        reads = asked.permute((1, 0)).load(left)  # [V Q]
-        tma.store_wait(0)
-        fence_async_shared()
-        barrier()  # scores are written, the page is free
-
-        UT = gl.zeros([COLUMNS, 64], gl.float32, by_row)
-        if TERMS == 2:
-            UT = warpgroup_mma(s_lo, key.permute((1, 0)), UT, use_acc=False, is_async=True)
-            UT = warpgroup_mma(s_hi, key.permute((1, 0)), UT, is_async=True)
-        else:
-            UT = warpgroup_mma(s_hi, key.permute((1, 0)), UT, use_acc=False, is_async=True)
-        if GATE:
-            UT = warpgroup_mma_wait(0, deps=[UT])
-            ends = G + ((base + c).to(gl.int64) * HV + h) * 128
-            last_hi, last_lo = gl.load(ends + 63), gl.load(ends + 127)
-            g_hi, g_lo = g_his.index(here).load(in_row), g_los.index(here).load(in_row)
-            UT *= _exp((last_hi - g_hi) + (last_lo - g_lo))[None, :]
-            DT *= gl.exp(last_hi)
-            at: gl.constexpr = gl.SliceLayout(0, left)
-            faded = (reads.to(gl.float32) * _exp(q_his.index(here).load(at))[None, :]).to(B16)
-        else:
-            faded = reads
-        UT = warpgroup_mma(reads, scores, UT, is_async=True)
-        DT = warpgroup_mma(gl.convert_layout(faded, left_k, assert_trivial=True), queries, DT, is_async=True)
-        UT = warpgroup_mma_wait(1, deps=[UT])
-        u_hi, u_lo = _split(UT)
-        u_hi = gl.convert_layout(u_hi, left, assert_trivial=True)
-        u_lo = gl.convert_layout(u_lo, left, assert_trivial=True)
-        ZT = gl.zeros([COLUMNS, 64], gl.float32, by_row)
-        if TERMS == 2:
-            ZT = warpgroup_mma(u_lo, high, ZT, use_acc=False, is_async=True)
-            ZT = warpgroup_mma(u_hi, low, ZT, is_async=True)
-            ZT = warpgroup_mma(u_hi, high, ZT, is_async=True)
-        else:
-            ZT = warpgroup_mma(u_hi, high, ZT, use_acc=False, is_async=True)
-        ZT, DT = warpgroup_mma_wait(0, deps=[ZT, DT])
-        barrier()  # all but the keys is read
-        if c > c_lo:
-            _fetch_back(
-                ready, k, q, d_out, X_hi, X_lo, scales, G, keys, queries, asked, high, low, ws, g_his, g_los, q_his,
-                q_los, c - 1, first, base, hk, h, column, HV, K, N, C, BQ, GATE, TERMS,
-            )  # fmt: skip
-        if OUTPUT:
-            page.permute((1, 0)).store((ZT * scale).to(B16))
-        read = ws.index(here).load(in_row)
-        if GATE:
-            read *= _exp(g_his.index(here).load(in_row))
-        h_hi, h_lo = _split(-ZT * read[None, :])
-        h_hi = gl.convert_layout(h_hi, left_k, assert_trivial=True)
-        h_lo = gl.convert_layout(h_lo, left_k, assert_trivial=True)
-        DT = warpgroup_mma(h_hi, key, DT, is_async=True)
-        if TERMS == 2:
-            DT = warpgroup_mma(h_lo, key, DT, is_async=True)
-        DT = warpgroup_mma_wait(0, deps=[DT])
-        fence_async_shared()
-        barrier()  # the page is written
-        if OUTPUT:
-            _put(page, z, z_rows, (first + c * C) * N, column, HV * V, now * N)
-    tma.store_wait(0)
-    gl.store(d_state + tile, DT * scale)
+def _tiles(t: Tensor, width: int, rows: int, columns: int) -> TensorDescriptor:
+    """Describe a bf16 tensor as a matrix of this width from which tiles are copied; they must start at 16 bytes."""
+    t = t if t.data_ptr() % 16 == 0 else t.clone()
+    return TensorDescriptor.from_tensor(t.view(-1, width), [rows, columns], SWIZZLED)

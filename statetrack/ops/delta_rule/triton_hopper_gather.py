@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from statetrack.ops.delta_rule.triton_hopper import _exp, barrier
+from statetrack.ops.delta_rule.triton_hopper_walk import _exp, barrier
 
 HALF = gl.constexpr(64)  # value rows of S and dS that are in shared memory at a time
 
