@@ -56,6 +56,8 @@ class Options:
     """tensorboard, wandb"""
     workers: int = 2
     """processes that read rows ahead, on a GPU"""
+    save: bool = True
+    """False: measure only, leave no checkpoint and no model"""
 
     def check(self) -> None:
         """Raise UsageError for unknown names and packages that are missing."""
@@ -98,7 +100,8 @@ def train(
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         if signals.received and trainer.state.global_step < recipe.steps:
             raise Interrupted(signals.received, trainer.state.global_step, path)
-        _save_model(trainer, corpus, path)
+        if options.save:
+            _save_model(trainer, corpus, path)
     history = trainer.state.log_history
     if main:
         loss_by_step({path.name: history}, path / "training", title=path.name)
@@ -251,6 +254,7 @@ def _arguments(recipe: Recipe, path: Path, options: Options, *, evaluate: bool) 
         ddp_backend="gloo" if processes > 1 and not gpu else None,
         logging_steps=recipe.log_every,
         logging_nan_inf_filter=False,
+        save_strategy="steps" if options.save else "no",
         save_steps=recipe.save_every,
         save_total_limit=2,
         eval_strategy="steps" if evaluate else "no",

@@ -180,7 +180,7 @@ class StopSafely(TrainerCallback):
         if _any_process(bool(self.signals.received) or late, args):
             control.should_training_stop = True
         if control.should_training_stop or state.global_step == state.max_steps:
-            control.should_save = control.should_log = True
+            control.should_save, control.should_log = args.save_strategy != "no", True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Refuse to go on with a loss or gradient that is not finite."""

@@ -27,12 +27,26 @@ def untraced(function: F) -> F:
     disabled: list[Any] = []
 
     @wraps(function)
-    def run(*args: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
         if "torch._dynamo" not in sys.modules:
-            return function(*args)
+            return function(*args, **kwargs)
         if not disabled:
             disabled.append(torch.compiler.disable(function))
-        return disabled[0](*args)
+        return disabled[0](*args, **kwargs)
+
+    return run  # pyright: ignore[reportReturnType]
+
+
+def untraced_if_packed(function: F) -> F:
+    """Return `function` such that torch.compile calls it as it is where it is given cu_seqlens.
+
+    Traced, the sequences' lengths would be constants of the program, which was compiled again for every packing.
+    """
+    as_it_is = untraced(function)
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return (function if kwargs.get("cu_seqlens") is None else as_it_is)(*args, **kwargs)
 
     return run  # pyright: ignore[reportReturnType]
 

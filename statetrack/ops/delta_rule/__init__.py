@@ -33,10 +33,12 @@ from statetrack.ops.checks import (
 )
 from statetrack.ops.delta_rule.chunk import delta_rule_chunk
 from statetrack.ops.delta_rule.reference import delta_rule_reference
+from statetrack.ops.layout import untraced_if_packed
 
 PRECISIONS = ("tracking", "fast")
 
 
+@untraced_if_packed
 def delta_rule(
     q: Float[Tensor, "B T Hk K"],
     k: Float[Tensor, "B T N Hk K"],

@@ -24,8 +24,10 @@ from statetrack.errors import UsageError
 from statetrack.ops.checks import check_backend, check_same_dtype, check_shape, check_tensors, sequence_lengths
 from statetrack.ops.dplr.chunk import dplr_chunk
 from statetrack.ops.dplr.reference import dplr_reference
+from statetrack.ops.layout import untraced_if_packed
 
 
+@untraced_if_packed
 def dplr(
     q: Float[Tensor, "B T Hk K"],
     k: Float[Tensor, "B T Hk K"],

@@ -28,8 +28,10 @@ from statetrack.ops.checks import (
 )
 from statetrack.ops.gated_linear_attention.chunk import gated_linear_attention_chunk
 from statetrack.ops.gated_linear_attention.reference import gated_linear_attention_reference
+from statetrack.ops.layout import untraced_if_packed
 
 
+@untraced_if_packed
 def gated_linear_attention(
     q: Float[Tensor, "B T Hk K"],
     k: Float[Tensor, "B T Hk K"],

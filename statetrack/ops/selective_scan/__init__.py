@@ -17,10 +17,12 @@ from torch import Tensor
 
 from statetrack.errors import UsageError
 from statetrack.ops.checks import check_backend, check_shape, check_tensors, not_for_numba, sequence_lengths
+from statetrack.ops.layout import untraced_if_packed
 from statetrack.ops.selective_scan.chunk import selective_scan_chunk
 from statetrack.ops.selective_scan.reference import selective_scan_reference
 
 
+@untraced_if_packed
 def selective_scan(
     u: Float[Tensor, "B T D"],
     dt: Float[Tensor, "B T D"],
