@@ -47,6 +47,28 @@ class UnlockArguments:
     """replace the checkpoint that is there"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class InspectArguments:
+    """statetrack inspect fla-hub/delta_net-1.3B-100B --text book.txt
+
+    Show the eigenvalues that a model really uses on a text: per layer and head their distribution, the share of tokens
+    with a negative one, products over windows, the distance to rotations and reflections of finite order, a verdict.
+    """
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CKPT|RUN")]
+    """checkpoint, name on the hub, run of statetrack train, or compiled automaton"""
+    text: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """text for a language model; default the source of Python's argparse; runs draw from their task"""
+    tokens: int = 2048
+    """tokens to read, at most"""
+    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="DIR|HUB_NAME", help_behavior_hint="")] = None
+    """default the checkpoint's own"""
+    out: Path = Path("spectra")
+    """name of the files: OUT.json, OUT.png, OUT.svg"""
+    every: bool = False
+    """print every head, not only every layer"""
+
+
 def convert(a: ConvertArguments) -> None:
     """Convert a checkpoint."""
     require("transformers", "hf")
@@ -66,6 +88,26 @@ def unlock(a: UnlockArguments) -> None:
         f"wrote {a.out}; {layers} layers learn the lower end of their range; in Python: {_opening('statetrack')}"
         f".from_pretrained({str(a.out)!r})"
     )
+
+
+def inspect(a: InspectArguments) -> None:
+    """Print what the heads do, and draw it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from statetrack.inspection import inspect as run
+    from statetrack.spectra import by_layer, summary
+
+    found = run(a.source, a.out, text=a.text, tokens=a.tokens, tokenizer=a.tokenizer)
+    columns = "layer", "head", "mixer", "lowest", "median", "negative", "turning", "distance", "verdict"
+    table = Table(*(columns if a.every else (c for c in columns if c != "head")), box=None)
+    for row in found if a.every else by_layer(found):
+        numbers = (f"{row.lowest:.2f}", f"{row.median:.2f}", f"{row.negative:.0%}", f"{row.turning:.0%}")
+        place = (str(row.layer), *((str(row.head),) if a.every else ()), row.mixer)
+        table.add_row(*place, *numbers, f"{row.distance:.2f}", row.verdict)
+    console = Console(markup=False)
+    console.print(table)
+    console.print(f"{summary(found)}; wrote {a.out}.json, .png, .svg", soft_wrap=True, highlight=False)
 
 
 def _opening(to: str) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 import statetrack
-from statetrack.checkpoint_verbs import ConvertArguments, UnlockArguments
+from statetrack.checkpoint_verbs import ConvertArguments, InspectArguments, UnlockArguments
 from statetrack.errors import UsageError
 from statetrack.lm.arguments import LMArguments
 
@@ -269,6 +269,7 @@ Arguments = (
     | Annotated[ConvertArguments, tyro.conf.subcommand("convert")]
     | Annotated[UnlockArguments, tyro.conf.subcommand("unlock")]
     | Annotated[LMArguments, tyro.conf.subcommand("lm")]
+    | Annotated[InspectArguments, tyro.conf.subcommand("inspect")]
     | Annotated[TasksArguments, tyro.conf.subcommand("tasks")]
 )
 VERBS = {
@@ -283,6 +284,7 @@ VERBS = {
     ConvertArguments: "convert",
     UnlockArguments: "unlock",
     LMArguments: "lm",
+    InspectArguments: "inspect",
     TasksArguments: "tasks",
 }
 """The function in `statetrack.verbs` that does what the arguments say."""

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from statetrack.checkpoint_verbs import convert as convert
+from statetrack.checkpoint_verbs import inspect as inspect
 from statetrack.checkpoint_verbs import unlock as unlock
 from statetrack.cli import (
     MIXERS,

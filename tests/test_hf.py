@@ -364,3 +364,22 @@ def test_bad_calls_are_one_clear_line():
         model(ids, attention_mask=torch.zeros(1, 4))
     with pytest.raises(UsageError, match="must be a StateTrackCache, got DynamicCache"):
         model(ids, past_key_values=transformers.DynamicCache())
+
+
+def test_a_compiled_automaton_becomes_a_checkpoint(tmp_path: Path):
+    """From exact weights to transformers and back: the same answers, letter by letter."""
+    from statetrack import compile
+    from statetrack.convert import load
+
+    compiled = compile("(a|b)*abb", alphabet="ab")
+    StateTrackForCausalLM.from_model(compiled.to_model(), bos_token_id=2).save_pretrained(tmp_path)
+    model, letters = load(tmp_path), torch.randint(0, 2, (6, 50), generator=torch.Generator().manual_seed(0))
+    said = model(torch.cat([torch.full((6, 1), 2), letters], dim=1)).logits.argmax(-1)
+    word = "".join("ab"[x] for x in letters[0].tolist())
+    assert said[0, 1:].tolist() == [int(word[: n + 1].endswith("abb")) for n in range(50)]
+    cache, steps = None, []
+    for token in torch.cat([torch.full((6, 1), 2), letters], dim=1).split(1, dim=1):
+        out = model(token, past_key_values=cache, use_cache=True)
+        cache = out[CACHE]
+        steps.append(out.logits.argmax(-1))
+    assert torch.equal(torch.cat(steps, 1), said)

@@ -19,6 +19,7 @@ ALLOWED = {
     "loss": set(),
     "hf": {"layers", "loss", "model"},
     "unlock": {"convert", "hf"},
+    "spectra": {"model"},
     "convert": {"artifact", "hf", "layers", "model", "runs", "train"},
     "automata": set(),
     "tasks": {"automata"},

@@ -81,7 +81,7 @@ def load(source: str | Path) -> StateTrackForCausalLM:
 
 def read(source: str | Path) -> Checkpoint:
     """Return a checkpoint of any format."""
-    path = _directory(source)
+    path = directory(source)
     if (path / artifact.NETWORK).exists():
         model = artifact.read(path).to_model()
         return Checkpoint.of(model, bos_token_id=model.config.vocab_size - 1)
@@ -151,7 +151,7 @@ def check_free(out: Path, force: bool) -> None:
         raise UsageError(f"{out} is no checkpoint, so --force does not replace it")
 
 
-def _directory(source: str | Path) -> Path:
+def directory(source: str | Path) -> Path:
     """Return the directory of a source; one on the hub is downloaded."""
     path = Path(source)
     if path.is_dir():
