@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ pytest.importorskip("accelerate")
 from safetensors.torch import load_file
 
 from recipes.lm import RECIPES, tiny
+from statetrack.cli import parse
 from statetrack.errors import UsageError
 from statetrack.layers import DeltaProductConfig, MambaConfig
 from statetrack.lm.corpus import Corpus, Data, prepare
@@ -322,3 +325,13 @@ def test_the_command_line_trains(capsys, tmp_path: Path, data: Path, monkeypatch
     assert "holds a run" in command.refused(f"{line} --eigenvalues 0 1")
     code, out, _ = command("lm recipes")
     assert code == 0 and "p2-805m-n3" in out
+
+
+def test_the_documentation_commands_are_understood():
+    """Every `statetrack lm` line of the page is one that the command line takes."""
+    page = (ROOT / "docs" / "language_models.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^    statetrack (lm .*?)(?: <.*)?$", page, re.MULTILINE)
+    lines += re.findall(r"-m statetrack\.cli (lm .*)$", page, re.MULTILINE)
+    assert len(lines) >= 12
+    for line in lines:
+        parse(shlex.split(line, comments=True))

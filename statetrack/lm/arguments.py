@@ -93,6 +93,68 @@ class TrainArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateArguments:
+    """statetrack lm evaluate runs/lm_tiny_-1to1_s0 --data runs/data/stdlib-bpe-1024 --length 2048
+
+    Measure perplexity by position on prepared data or a text, and lm-eval's tasks.
+    """
+
+    models: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL ...", help_behavior_hint="")]
+    """run directories or checkpoints"""
+    data: Unset[Path | None] = None
+    """prepared data, whose validation split is read"""
+    text: Unset[str | None] = None
+    """instead of --data: stdlib, python, a file, a folder, or a hub name"""
+    field: str = "text"
+    """column of the text in tables and data sets"""
+    length: int = 4096
+    """tokens of a window, longer than those trained on to see what lies beyond"""
+    windows: int = 32
+    """windows, as far as there is text"""
+    whole_documents: bool = False
+    """every window is the beginning of one long document; otherwise documents follow one another"""
+    tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = ()
+    """lm-eval's tasks, e.g. lambada_openai piqa hellaswag arc_easy"""
+    include: Unset[Path | None] = None
+    """folder of lm-eval tasks of your own"""
+    limit: Unset[int | None] = None
+    """examples per task; default all"""
+    batch_size: int = 8
+    """windows or requests at once"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the weights; auto: bfloat16 on a GPU, float32 elsewhere"""
+    device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
+    """cpu, cuda, or auto: a GPU where there is one"""
+    out: Path = Path("runs/lm_evaluation")
+    """directory for evaluation.json and the picture"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateArguments:
+    """statetrack lm generate runs/lm_tiny_-1to1_s0 --prompt 'def main('
+
+    Continue a text.
+    """
+
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
+    """run directory or checkpoint"""
+    prompt: str = ""
+    """beginning of the text, - for standard input"""
+    tokens: int = 200
+    """tokens at most"""
+    temperature: float = 0.8
+    """0 takes the likeliest token each time"""
+    top_p: float = 0.95
+    """draw from the likeliest tokens of that much probability"""
+    seed: int = 0
+    """of the draws"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the weights; auto: bfloat16 on a GPU, float32 elsewhere"""
+    device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
+    """cpu, cuda, or auto: a GPU where there is one"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecipesArguments:
     """statetrack lm recipes
 
@@ -102,8 +164,16 @@ class RecipesArguments:
 
 Prepare = Annotated[PrepareArguments, tyro.conf.subcommand("prepare")]
 Train = Annotated[TrainArguments, tyro.conf.subcommand("train")]
+Evaluate = Annotated[EvaluateArguments, tyro.conf.subcommand("evaluate")]
+Generate = Annotated[GenerateArguments, tyro.conf.subcommand("generate")]
 Recipes = Annotated[RecipesArguments, tyro.conf.subcommand("recipes")]
-VERBS = {PrepareArguments: "prepare", TrainArguments: "train", RecipesArguments: "recipes"}
+VERBS = {
+    PrepareArguments: "prepare",
+    TrainArguments: "train",
+    EvaluateArguments: "evaluate",
+    GenerateArguments: "generate",
+    RecipesArguments: "recipes",
+}
 """The function in `statetrack.lm.verbs` that does what the arguments say."""
 
 
@@ -114,4 +184,4 @@ class LMArguments:
     Language models: prepare text, train, evaluate, generate.
     """
 
-    verb: Prepare | Train | Recipes
+    verb: Prepare | Train | Evaluate | Generate | Recipes

@@ -101,7 +101,7 @@ def train(
         if signals.received and trainer.state.global_step < recipe.steps:
             raise Interrupted(signals.received, trainer.state.global_step, path)
         if options.save:
-            _save_model(trainer, corpus, path)
+            _save_model(trainer, path)
     history = trainer.state.log_history
     if main:
         loss_by_step({path.name: history}, path / "training", title=path.name)
@@ -210,6 +210,7 @@ def _trainer(
         args=arguments,
         train_dataset=Order(Rows(corpus.shards("train"), recipe.length), recipe.rows * recipe.steps, recipe.seed),
         eval_dataset=rows and Order(rows, min(recipe.evaluate_rows, len(rows)), 0),
+        processing_class=corpus.tokenizer(),
         data_collator=pack if recipe.documents == "separate" else join,
         callbacks=callbacks,
     )
@@ -271,14 +272,13 @@ def _arguments(recipe: Recipe, path: Path, options: Options, *, evaluate: bool) 
     return arguments
 
 
-def _save_model(trainer: LMTrainer, corpus: Corpus, path: Path) -> None:
+def _save_model(trainer: LMTrainer, path: Path) -> None:
     """Write model and tokenizer, whole or not at all."""
     temporary = path / f".{MODEL}.tmp"
     trainer.check_finite(trainer.model)  # pyright: ignore[reportArgumentType]
     try:
         trainer.save_model(str(temporary))
         if trainer.args.should_save:
-            corpus.tokenizer().save_pretrained(str(temporary))
             shutil.rmtree(path / MODEL, ignore_errors=True)
             os.replace(temporary, path / MODEL)
     except Exception as error:  # OSError, RuntimeError, safetensors' own

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
 
 from recipes.lm import RECIPES
 from statetrack.errors import UsageError
-from statetrack.lm.arguments import PrepareArguments, RecipesArguments, TrainArguments
-from statetrack.lm.corpus import Data
+from statetrack.lm.arguments import (
+    EvaluateArguments,
+    GenerateArguments,
+    PrepareArguments,
+    RecipesArguments,
+    TrainArguments,
+)
+from statetrack.lm.corpus import Corpus, Data
 from statetrack.lm.corpus import prepare as prepare_data
 from statetrack.lm.settings import Recipe, cost
 from statetrack.progress import Bars
+from statetrack.runs import read_json, write_json
 
 
 def prepare(a: PrepareArguments) -> None:
@@ -77,6 +88,114 @@ def default_data(recipe: Recipe) -> Path:
     """Return where a recipe's data lies unless --data says otherwise."""
     name = f"{recipe.data.source}_{recipe.data.tokenizer}"
     return Path("runs/data") / "".join(c if c.isalnum() else "-" for c in name)
+
+
+def evaluate(a: EvaluateArguments) -> None:
+    """Measure perplexity by position, and tasks; keep the numbers as soon as they are there."""
+    if not a.models or not (a.data or a.text or a.tasks) or (a.data and a.text):
+        raise UsageError("name at least one model, and --data or --text (one of them), or --tasks, or both")
+    if a.length < 2 or a.windows < 1 or a.batch_size < 1:
+        given = f"{a.length}, {a.windows} and {a.batch_size}"
+        raise UsageError(f"length must be at least 2, windows and batch-size at least 1, got {given}")
+    found: dict[str, dict[str, Any]] = {}
+    with Bars() as bars:
+        for path in a.models:
+            name = str(path)
+            found[name] = {}
+            for part in _evaluations(path, a, bars):
+                found[name] |= part
+                a.out.mkdir(parents=True, exist_ok=True)
+                write_json(a.out / "evaluation.json", found)
+    _show(found, a)
+
+
+def _evaluations(path: Path, a: EvaluateArguments, bars: Bars) -> Iterator[dict[str, Any]]:
+    """Yield what is asked of one model, part by part."""
+    from statetrack.lm.evaluate import (
+        bucketed,
+        corpus_tokens,
+        load_model,
+        loss_by_position,
+        perplexity_within,
+        run_tasks,
+        source_tokens,
+        windows,
+    )
+
+    model, tokenizer = load_model(path, a.device, a.precision)
+    if a.data or a.text:
+        texts = corpus_tokens(Corpus(a.data), tokenizer) if a.data else source_tokens(a.text or "", tokenizer, a.field)
+        tokens = windows(texts, a.length, a.windows, whole=a.whole_documents)
+        done = 0
+
+        def report(count: int) -> None:
+            nonlocal done
+            done += count
+            bars.update(str(path), done / 1e3, tokens.numel() / 1e3, "thousand tokens")
+
+        losses = loss_by_position(model, tokens, batch_size=a.batch_size, report=report)
+        within = {str(n): perplexity_within(losses, n) for n in _lengths(a.length)}
+        yield {"windows": len(tokens), "perplexity": within, "positions": bucketed(losses), "trained": _trained(path)}
+    if a.tasks:
+        options = {"include": a.include, "limit": a.limit, "batch_size": a.batch_size}
+        yield {"tasks": run_tasks(model, tokenizer, a.tasks, **options)}
+
+
+def _lengths(longest: int) -> list[int]:
+    return [n for n in (2**i for i in range(7, 40)) if n < longest] + [longest]
+
+
+def _trained(path: Path) -> int | None:
+    """Return the length of the rows that a run was trained on, where it says so."""
+    for folder in (path, path.parent):
+        if (folder / "recipe.json").exists():
+            return read_json(folder / "recipe.json")["settings"]["length"]
+    return None
+
+
+def _show(found: dict[str, dict[str, Any]], a: EvaluateArguments) -> None:
+    """Print tables and draw perplexity by position."""
+    from statetrack.lm.pictures import perplexity_by_position
+
+    measured = {name: rows for name, rows in found.items() if "positions" in rows}
+    if measured:
+        table = Table(Column("perplexity of the first ... tokens", overflow="fold"), *map(str, _lengths(a.length)))
+        for name, rows in measured.items():
+            table.add_row(name, *(f"{value:.3f}" for value in rows["perplexity"].values()))
+        Console(markup=False).print(table)
+        curves = {name: [((r["from"] + r["to"]) / 2, r["perplexity"]) for r in rows["positions"]]
+                  for name, rows in measured.items()}  # fmt: skip
+        trained = {rows["trained"] for rows in measured.values()}
+        told = trained.pop() if len(trained) == 1 else None
+        title = f"{a.data or a.text}, windows of {a.length} tokens"
+        perplexity_by_position(curves, a.out / "perplexity", title=title, trained=told)
+    for name, rows in found.items():
+        for task, values in rows.get("tasks", {}).items():
+            shown = (f"{key.removesuffix(',none')} {value:.4f}" for key, value in values.items() if _is_number(value))
+            say(f"{name}: {task}: {', '.join(shown)}")
+    say(f"wrote {a.out / 'evaluation.json'}" + (f" and {a.out / 'perplexity.png'}" if measured else ""))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) and not math.isnan(value)
+
+
+def generate(a: GenerateArguments) -> None:
+    """Continue a text, shown as it comes."""
+    from statetrack.lm.evaluate import load_model
+    from statetrack.lm.generate import generate as run_generation
+
+    prompt = sys.stdin.read() if a.prompt == "-" else a.prompt
+    model, tokenizer = load_model(a.model, a.device, a.precision)
+
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    show(prompt)
+    options = {"tokens": a.tokens, "temperature": a.temperature, "top_p": a.top_p, "seed": a.seed}
+    run_generation(model, tokenizer, prompt, show=show, **options)
+    show("\n")
 
 
 def recipes(_: RecipesArguments) -> None:
