@@ -167,7 +167,7 @@ def test_mamba2_against_transformers():
         "conv1d.bias": mixer.conv.bias, "dt_bias": mixer.dt_bias, "A_log": mixer.A_log, "D": mixer.D,
         "norm.weight": mixer.norm.weight, "out_proj.weight": mixer.out_proj.weight,
     }  # fmt: skip
-    agree(mixer(x)[0], run_with(peer, own, x), leaves)
+    agree(mixer(x)[0], run_with(peer, own, x), leaves, bound=1e-4)  # D's gradient is a sum that cancels
 
 
 def test_mlstm_against_transformers():

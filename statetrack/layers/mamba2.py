@@ -50,7 +50,7 @@ class Mamba2Config:
     head_dim: int | None = None
     """inner channels per head; default expand * dim / heads"""
     groups: int = 1
-    """groups of heads that share B and C"""
+    """groups of heads that share B and C; the output is normalised in each of them"""
     conv_size: int = 4
     """window of the short convolution; 0 for none"""
     dt_range: tuple[float, float] = (1e-3, 0.1)
@@ -123,7 +123,12 @@ class Mamba2(nn.Module):
             **inputs, initial_state=memory, cu_seqlens=offsets(packing), backend=self.config.backend
         )
         y = (y + self.D[:, None] * u).flatten(2)
-        return self.out_proj(self.norm(y * F.silu(z))), Mamba2State(conv, memory)
+        return self.out_proj(self._normalised(y * F.silu(z))), Mamba2State(conv, memory)
+
+    def _normalised(self, y: Float[Tensor, "B T I"]) -> Float[Tensor, "B T I"]:
+        """Normalise every group's channels by themselves, as the published code does."""
+        groups = y.unflatten(-1, (self.config.groups, -1))
+        return F.rms_norm(groups, groups.shape[-1:], eps=self.config.norm_eps).flatten(2) * self.norm.weight
 
     def _op_inputs(
         self, x: Tensor, conv: Tensor | None, packing: Packing | None
