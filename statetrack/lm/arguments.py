@@ -82,8 +82,8 @@ class TrainArguments:
     """stop and save after that time"""
     parallel: Literal["auto", "fsdp", "ddp"] = "auto"
     """with several processes: fsdp spreads the weights (FSDP2), ddp does not; auto: fsdp on GPUs"""
-    tracker: Literal["tensorboard", "wandb", "both", "none"] = "tensorboard"
-    """where metrics go besides the run directory"""
+    tracker: Literal["auto", "tensorboard", "wandb", "both", "none"] = "auto"
+    """where metrics go besides the run directory; auto: TensorBoard where it is installed"""
     device: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
     """cpu, cuda, or auto: a GPU where there is one"""
     resume: bool = False

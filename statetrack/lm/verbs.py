@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def train(a: TrainArguments) -> None:
     recipe = recipe_of(a)
     lo, hi = a.eigenvalues
     path = a.out or Path("runs") / f"lm_{a.recipe}_{lo:g}to{hi:g}_s{recipe.seed}"
-    trackers = {"both": ("tensorboard", "wandb"), "none": ()}.get(a.tracker, (a.tracker,))
+    installed = ("tensorboard",) if find_spec("tensorboard") else ()
+    trackers = {"auto": installed, "both": ("tensorboard", "wandb"), "none": ()}.get(a.tracker, (a.tracker,))
     options = Options(device=a.device, parallel=a.parallel, minutes=a.minutes, trackers=trackers)
     last = run_training(recipe, path, a.data or default_data(recipe), options=options, resume=a.resume, force=a.force)
     if int(os.environ.get("RANK", "0")) == 0:
