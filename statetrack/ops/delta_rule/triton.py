@@ -113,6 +113,9 @@ class Plan:
         """Run `prepare` on the chunks [low, high) of every sequence (all chunks of packed ones)."""
         slots = self.chunks if self.varlen else self.S * (high - low)
         work = self.workspace(slots, k.device, terms)
+        if self.hopper:
+            hopper.launch_prepare(self, work, (k, beta, log_decay), low, high, terms, backward)
+            return work
         registers = {} if self.common["EXACT"] else {"maxnreg": 168}  # three programs per multiprocessor
         sizes = self.T, low, high - low, self.HK, self.HV, self.K
         prepare[(slots * self.HV,)](

@@ -1,4 +1,4 @@
-"""Launches of the Gluon kernels: what triton.py runs on Hopper GPUs instead of three of its Triton kernels."""
+"""Launches of the Gluon kernels: what triton.py runs on Hopper GPUs instead of its Triton kernels."""
 
 # Launches take constexpr parameters and options that no signature shows:
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from statetrack.ops.delta_rule.triton_hopper_gather import gather
+from statetrack.ops.delta_rule.triton_hopper_prepare import prepare
 from statetrack.ops.delta_rule.triton_hopper_walk import walk, walk_back
 
 if TYPE_CHECKING:
@@ -26,6 +27,24 @@ def serves(q: Tensor, v: Tensor) -> bool:
     if v.dtype != torch.bfloat16 or not v.is_cuda or torch.cuda.get_device_capability(v.device) != (9, 0):
         return False
     return q.shape[-1] in (64, 128) and v.shape[-1] % 64 == 0 and v.numel() < 2**31
+
+
+def launch_prepare(
+    plan: Plan,
+    work: dict[str, Tensor],
+    tensors: tuple[Tensor, Tensor, Tensor | None],
+    low: int,
+    high: int,
+    terms: int,
+    backward: bool,
+) -> None:
+    """Write what the walks need of the chunks [low, high) of every sequence (all chunks of packed ones)."""
+    k, beta, log_decay = tensors
+    prepare[(work["X_hi"].shape[0] * plan.HV,)](
+        _tiles(k, plan.HK * plan.K, 64, plan.K), _tiles(work["X_hi"], 64, 64, 64), _tiles(work["X_lo"], 64, 64, 64),
+        beta, log_decay, work["scales"], work["G"], plan.starts, plan.slots, plan.T, low, high - low,
+        plan.HK, plan.HV, plan.K, plan.N, plan.C, plan.common["GATE"], plan.varlen, backward, terms, num_warps=4,
+    )  # fmt: skip
 
 
 def launch_walk(plan: Plan, work: dict[str, Tensor], tensors: tuple[Tensor, ...], scale: float, V: int, what) -> None:
