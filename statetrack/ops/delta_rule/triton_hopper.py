@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from statetrack.ops.delta_rule.triton_hopper_gather import gather
 from statetrack.ops.delta_rule.triton_hopper_prepare import prepare
@@ -19,14 +17,12 @@ from statetrack.ops.delta_rule.triton_hopper_walk import walk, walk_back
 if TYPE_CHECKING:
     from statetrack.ops.delta_rule.triton import Plan
 
-SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-
 
 def serves(q: Tensor, v: Tensor) -> bool:
     """Return whether the kernels are made for these tensors and their GPU."""
     if v.dtype != torch.bfloat16 or not v.is_cuda or torch.cuda.get_device_capability(v.device) != (9, 0):
         return False
-    return q.shape[-1] in (64, 128) and v.shape[-1] % 64 == 0 and v.numel() < 2**31
+    return q.shape[-1] in (64, 128) and v.shape[-1] % 64 == 0
 
 
 def launch_prepare(
@@ -41,8 +37,8 @@ def launch_prepare(
     """Write what the walks need of the chunks [low, high) of every sequence (all chunks of packed ones)."""
     k, beta, log_decay = tensors
     prepare[(work["X_hi"].shape[0] * plan.HV,)](
-        _tiles(k, plan.HK * plan.K, 64, plan.K), _tiles(work["X_hi"], 64, 64, 64), _tiles(work["X_lo"], 64, 64, 64),
-        beta, log_decay, work["scales"], work["G"], plan.starts, plan.slots, plan.T, low, high - low,
+        k, beta, log_decay, work["X_hi"], work["X_lo"], work["scales"], work["G"], plan.starts, plan.slots,
+        plan.T, low, high - low,
         plan.HK, plan.HV, plan.K, plan.N, plan.C, plan.common["GATE"], plan.varlen, backward, terms, num_warps=4,
     )  # fmt: skip
 
@@ -51,14 +47,9 @@ def launch_walk(plan: Plan, work: dict[str, Tensor], tensors: tuple[Tensor, ...]
     """Walk over all chunks; V: value columns of the state, what: (save for the backward?, take values?, output?)."""
     q, k, v, start, o, end, saved, F = tensors
     save, values, output = what
-    keys, columns = plan.HK * plan.K, plan.HV * plan.V
-    o_tiles = _tiles(o, columns, plan.BQ, 64)
     walk[(V // 64, plan.S * plan.HV)](
-        _tiles(k, keys, 64, plan.K), _tiles(q, keys, plan.BQ, plan.K), _tiles(v, columns, 64, 64),
-        _tiles(work["X_hi"], 64, 64, 64), _tiles(work["X_lo"], 64, 64, 64),
-        _tiles(F, columns, 64, 64) if save else o_tiles, o_tiles,
-        work["scales"], work["G"], F, o, start, end, saved, plan.starts, plan.bases,
-        plan.T, scale, plan.HK, plan.HV, plan.K, V, plan.N, plan.C, plan.BQ,
+        q, k, v, work["X_hi"], work["X_lo"], work["scales"], work["G"], start, o, end, saved, F,
+        plan.starts, plan.bases, plan.T, scale, plan.HK, plan.HV, plan.K, V, plan.N, plan.C, plan.BQ,
         plan.common["GATE"], plan.varlen, save, values, output, plan.walk["TERMS"], num_warps=4,
     )  # fmt: skip
 
@@ -68,12 +59,9 @@ def launch_walk_back(
 ) -> None:
     """Walk back over the chunks [low, high) of every sequence (all chunks of packed ones)."""
     q, k, d_out, out, ends, z, d_saved = tensors
-    keys, columns = plan.HK * plan.K, plan.HV * plan.V
     walk_back[(plan.V // 64, plan.S * plan.HV)](
-        _tiles(k, keys, 64, plan.K), _tiles(q, keys, plan.BQ, plan.K), _tiles(d_out, columns, plan.BQ, 64),
-        _tiles(work["X_hi"], 64, 64, 64), _tiles(work["X_lo"], 64, 64, 64), _tiles(z, columns, 64, 64),
-        work["scales"], work["G"], z, out, ends, d_saved, plan.starts, plan.bases,
-        plan.T, low, high, scale, plan.HK, plan.HV, plan.K, plan.V, plan.N, plan.C, plan.BQ,
+        q, k, d_out, work["X_hi"], work["X_lo"], work["scales"], work["G"], out, ends, z, d_saved,
+        plan.starts, plan.bases, plan.T, low, high, scale, plan.HK, plan.HV, plan.K, plan.V, plan.N, plan.C, plan.BQ,
         plan.common["GATE"], plan.varlen, output, plan.walk["TERMS"], num_warps=4,
     )  # fmt: skip
 
@@ -83,18 +71,10 @@ def launch_gather(
 ) -> None:
     """Write the gradients of the chunks [low, high)."""
     q, k, v, log_decay, d_out, saved, F, d_saved, z, dq, dk, d_beta, d_decay = tensors
-    keys, columns = plan.HK * plan.K, plan.HV * plan.V
     registers = {} if plan.common["GATE"] else {"maxnreg": 128}  # two programs per multiprocessor
     gather[(work["X_hi"].shape[0] * plan.HV,)](
-        _tiles(k, keys, 64, plan.K), _tiles(q, keys, plan.BQ, plan.K), _tiles(d_out, columns, plan.BQ, 64),
-        _tiles(saved, plan.K, 64, plan.K), _tiles(d_saved, plan.K, 64, plan.K), v, F, z, log_decay,
-        work["scales"], work["G"], dq, dk, d_beta, d_decay, plan.starts, plan.slots,
-        plan.T, low, high - low, plan.most, scale, plan.HK, plan.HV, plan.K, plan.V, plan.N, plan.C, plan.BQ,
+        q, k, v, log_decay, d_out, work["scales"], work["G"], saved, F, d_saved, z, dq, dk, d_beta, d_decay,
+        plan.starts, plan.slots, plan.T, low, high - low, plan.most, scale,
+        plan.HK, plan.HV, plan.K, plan.V, plan.N, plan.C,
         plan.common["GATE"], plan.varlen, num_warps=8, **registers,
     )  # fmt: skip
-
-
-def _tiles(t: Tensor, width: int, rows: int, columns: int) -> TensorDescriptor:
-    """Describe a bf16 tensor as a matrix of this width from which tiles are copied; they must start at 16 bytes."""
-    t = t if t.data_ptr() % 16 == 0 else t.clone()
-    return TensorDescriptor.from_tensor(t.view(-1, width), [rows, columns], SWIZZLED)

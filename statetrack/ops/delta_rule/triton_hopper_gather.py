@@ -15,59 +15,36 @@ Letters as in triton_forward.py.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from statetrack.ops.delta_rule.triton_hopper_walk import _exp, barrier
+from statetrack.ops.delta_rule.triton_hopper_walk import barrier, exp, fetch, put
 
 HALF = gl.constexpr(64)  # value rows of S and dS that are in shared memory at a time
 
 
 @gluon.jit
-def _clear(tile, alive):
-    """Clear the rows from `alive` on of a tile in shared memory."""
-    across: gl.constexpr = tile.shape[1] // 8
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [8, 1], [1, 0])
-    i = gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout))
-    tile.store(gl.where((i < alive)[:, None], tile.load(layout), 0.0))
-
-
-@gluon.jit
-def _save(out, tile, x, stride: gl.constexpr, alive, columns: gl.constexpr):
-    """Store a [64 columns] float32 tile row by row, a bf16 one through shared memory."""
-    across: gl.constexpr = columns // 8
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [8, 1], [1, 0])
-    if out.dtype.element_ty == gl.bfloat16:
+def _save(to, tile, x, stride: gl.constexpr, alive):
+    """Store the rows before `alive` of a float32 tile; as bf16 it goes through shared memory."""
+    if to.dtype.element_ty == gl.bfloat16:
         tile.store(x.to(gl.bfloat16))
         barrier()
-        i = gl.arange(0, 64, gl.SliceLayout(1, layout))
-        d = gl.arange(0, columns, gl.SliceLayout(0, layout))
-        at = out + ((i * stride)[:, None] + d[None, :])
-        gl.store(at, tile.load(layout), mask=(i < alive)[:, None] & (d >= 0)[None, :])
+        put(tile, to, stride, alive, 8)
     else:
         own: gl.constexpr = x.type.layout
-        i = gl.arange(0, 64, gl.SliceLayout(1, own))
-        d = gl.arange(0, columns, gl.SliceLayout(0, own))
-        at = out + ((i * stride)[:, None] + d[None, :])
-        gl.store(at, x, mask=(i < alive)[:, None] & (d >= 0)[None, :])
+        i = gl.arange(0, tile.shape[0], gl.SliceLayout(1, own))
+        d = gl.arange(0, tile.shape[1], gl.SliceLayout(0, own))
+        gl.store(to + ((i * stride)[:, None] + d[None, :]), x, mask=(i < alive)[:, None] & (d >= 0)[None, :])
 
 
 @gluon.jit
 def gather(
-    k, q, d_out, saved, d_saved, v, F, z, log_decay, scales, G, dq, dk, d_beta, d_decay, starts, slots,
+    q, k, v, log_decay, d_out, scales, G, saved, F, d_saved, z, dq, dk, d_beta, d_decay, starts, slots,
     T, c_lo, n_chunks, n_all, scale,
     HK: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
-    N: gl.constexpr, C: gl.constexpr, BQ: gl.constexpr, GATE: gl.constexpr, VARLEN: gl.constexpr,
+    N: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr, VARLEN: gl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of one chunk's inputs; dv replaces Z.
-
-    k, q, d_out, saved and d_saved are descriptors of two-dimensional views; the rest is as in `triton_backward.gather`.
-    """
+    """Write the gradients of one chunk's inputs, as `triton_backward.gather`; dv replaces Z."""
     B16: gl.constexpr = gl.bfloat16
     square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])  # [64 64]
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, K // 2, 16])  # [64 K]
@@ -97,31 +74,25 @@ def gather(
     slot = (here * HV + h).to(gl.int64)
     row = token.to(gl.int64) * N
 
-    key = gl.allocate_shared_memory(B16, [64, K], k.layout)
-    query = gl.allocate_shared_memory(B16, [64, K], q.layout)
-    asked = gl.allocate_shared_memory(B16, [V // HALF, 64, HALF], d_out.layout)
-    us = gl.allocate_shared_memory(B16, [V // HALF, 64, HALF], d_out.layout)
-    hs = gl.allocate_shared_memory(B16, [V // HALF, 64, HALF], d_out.layout)
-    state = gl.allocate_shared_memory(B16, [HALF, K], saved.layout)
-    P_s = gl.allocate_shared_memory(B16, [64, 64], d_out.layout)
-    L_s = gl.allocate_shared_memory(B16, [64, 64], d_out.layout)
-    first = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(first, count=1)
-    mbarrier.init(ready, count=1)
-    if BQ < 64:  # the products take 64 rows
-        _clear(query, 0)
-        for e in gl.static_range(V // HALF):
-            _clear(asked.index(e), 0)
-    fence_async_shared()
-    barrier()
-    mbarrier.expect(first, 128 * K + 2 * BQ * (K + V))
-    tma.async_copy_global_to_shared(k, [token * N, hk * K], first, key)
-    tma.async_copy_global_to_shared(q, [token, hk * K], first, query.slice(0, BQ, 0))
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    key = gl.allocate_shared_memory(B16, [64, K], swizzled)
+    query = gl.allocate_shared_memory(B16, [64, K], swizzled)
+    asked = gl.allocate_shared_memory(B16, [V // HALF, 64, HALF], swizzled)
+    us = gl.allocate_shared_memory(B16, [V // HALF, 64, HALF], swizzled)
+    hs = gl.allocate_shared_memory(B16, [V // HALF, 64, HALF], swizzled)
+    state = gl.allocate_shared_memory(B16, [HALF, K], swizzled)
+    P_s = gl.allocate_shared_memory(B16, [64, 64], swizzled)
+    L_s = gl.allocate_shared_memory(B16, [64, 64], swizzled)
+    fetch(key, k + (row * HK + hk) * K, HK * K, rows, 8)
+    fetch(query, q + (token.to(gl.int64) * HK + hk) * K, HK * K, tokens, 8)
+    d_out += (token.to(gl.int64) * HV + h) * V
     for e in gl.static_range(V // HALF):
-        tma.async_copy_global_to_shared(d_out, [token, h * V + e * HALF], first, asked.index(e).slice(0, BQ, 0))
-    mbarrier.expect(ready, 2 * HALF * K)
-    tma.async_copy_global_to_shared(saved, [(there * HV + h) * V, 0], ready, state)
+        fetch(asked.index(e), d_out + e * HALF, HV * V, tokens, 8)
+    async_copy.commit_group()
+    saved += (there.to(gl.int64) * HV + h) * K * V
+    d_saved += slot * K * V
+    fetch(state, saved, K, HALF, 8)
+    async_copy.commit_group()
 
     # row by row: dw, dn, dv and the products' operands
     i = gl.arange(0, 64, in_lines)
@@ -147,13 +118,7 @@ def gather(
     db = dw / (n * n)
     gl.store(d_beta + (row + i) * HV + h, db, mask=i < rows)
     along = p * p * (dn * (wp / p) / n - 2.0 * db * (wp / p))  # 2 p^2 d|k p|^2, the part of dk that lies along k
-    mbarrier.wait(first, 0)
-    if rows < 64:
-        _clear(key, rows)
-    if tokens < BQ:
-        _clear(query, tokens)
-        for e in gl.static_range(V // HALF):
-            _clear(asked.index(e), tokens)
+    async_copy.wait_group(1)
     fence_async_shared()
     barrier()
 
@@ -174,15 +139,15 @@ def gather(
         g_i, rest_i = gl.load(G + r)[:, None], gl.load(G + 64 + r)[:, None]
         a = gl.minimum(r * N, 63)
         g_q, rest_q = gl.load(G + a)[:, None], gl.load(G + 64 + a)[:, None]
-        dP *= _exp(gl.where(see, (g_q - g_j) + (rest_q - rest_j), 0.0))
-        dL *= _exp(gl.where(before, (g_i - g_j) + (rest_i - rest_j), 0.0))
+        dP *= exp(gl.where(see, (g_q - g_j) + (rest_q - rest_j), 0.0))
+        dL *= exp(gl.where(before, (g_i - g_j) + (rest_i - rest_j), 0.0))
     P_s.store(gl.where(see, dP * scale, 0.0).to(B16))
     L_s.store(gl.where(before, dL, 0.0).to(B16))
     if GATE:
         m = gl.arange(0, 64, gl.SliceLayout(1, left))
         last_hi, last_lo = gl.load(G + 63), gl.load(G + 127)
-        start = _exp(gl.load(G + m))
-        end = _exp((last_hi - gl.load(G + m)) + (last_lo - gl.load(G + 64 + m)))
+        start = exp(gl.load(G + m))
+        end = exp((last_hi - gl.load(G + m)) + (last_lo - gl.load(G + 64 + m)))
         carried = gl.zeros([HALF, K], gl.float32, wide)
 
     # with the states at both ends
@@ -190,7 +155,9 @@ def gather(
     R = gl.zeros([64, K], gl.float32, wide)
     W = gl.zeros([64, K], gl.float32, wide)
     for e in gl.static_range(V // HALF):
-        mbarrier.wait(ready, 0)
+        async_copy.wait_group(0)
+        fence_async_shared()
+        barrier()
         if GATE:
             S = state.load(wide)
             h_e = (hs.index(e).load(left).to(gl.float32) * start[:, None]).to(B16)
@@ -200,9 +167,11 @@ def gather(
         R = warpgroup_mma(h_e, state, R, is_async=True)
         dQ, R = warpgroup_mma_wait(0, deps=[dQ, R])
         barrier()
-        mbarrier.expect(ready, 2 * HALF * K)
-        tma.async_copy_global_to_shared(d_saved, [(here * HV + h) * V + e * HALF, 0], ready, state)
-        mbarrier.wait(ready, 1)
+        fetch(state, d_saved + e * HALF * K, K, HALF, 8)
+        async_copy.commit_group()
+        async_copy.wait_group(0)
+        fence_async_shared()
+        barrier()
         if GATE:
             carried += S.to(gl.float32) * state.load(wide).to(gl.float32)
             u_e = (us.index(e).load(left).to(gl.float32) * end[:, None]).to(B16)
@@ -212,15 +181,15 @@ def gather(
         W = warpgroup_mma_wait(0, deps=[W])
         if e + 1 < V // HALF:
             barrier()
-            mbarrier.expect(ready, 2 * HALF * K)
-            tma.async_copy_global_to_shared(saved, [(there * HV + h) * V + (e + 1) * HALF, 0], ready, state)
+            fetch(state, saved + (e + 1) * HALF * K, K, HALF, 8)
+            async_copy.commit_group()
 
     fence_async_shared()
     barrier()
     dQ *= scale
     if GATE:
         a = gl.minimum(gl.arange(0, 64, tall) * N, 63)
-        dQ *= _exp(gl.load(G + a))[:, None]
+        dQ *= exp(gl.load(G + a))[:, None]
         kept = gl.sum(W * key.load(wide).to(gl.float32), 1)  # what is left of each row's write at the chunk's end
         at_end = gl.sum(kept, 0) + gl.sum(gl.sum(carried, 1), 0) * gl.exp(last_hi)
     dQ = warpgroup_mma(P_s, key, dQ, is_async=True)
@@ -245,5 +214,5 @@ def gather(
     barrier()
     along = gl.convert_layout(along, tall)
     W += R + kt * along[:, None]
-    _save(dq + (token.to(gl.int64) * HV + h) * K, query, dQ, HV * K, tokens, K)
-    _save(dk + (row * HV + h) * K, key, W, HV * K, rows, K)
+    _save(dq + (token.to(gl.int64) * HV + h) * K, query, dQ, HV * K, tokens)
+    _save(dk + (row * HV + h) * K, key, W, HV * K, rows)

@@ -1,7 +1,7 @@
 """Every chunk's triangular inverse on Hopper GPUs, in Gluon: what `triton_forward.prepare` computes, in less time.
 
 One warpgroup takes one chunk of one head. The squared lengths of the keys are summed in float64 while the tensor cores
-multiply the keys with each other. The inverse is by substitution in the four 16-row blocks, where a thread holds a whole
+multiply the keys with each other. The inverse is by substitution in the four 16-row blocks, where a thread holds a
 column, and then joins blocks in pairs,
 
     (I + [[A, 0], [B, D]])^-1 = [[P, 0], [-Q B P, Q]],   P = (I + A)^-1,  Q = (I + D)^-1,
@@ -18,16 +18,15 @@ Letters as in triton_forward.py.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     mma_v2,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from statetrack.ops.delta_rule.triton_hopper_walk import _blank, _exp, _split, barrier
+from statetrack.ops.delta_rule.triton_hopper_walk import barrier, exp, fetch, put, split
 
 CUT = gl.constexpr(-1048576.0)  # as in triton_forward.py
 
@@ -64,12 +63,12 @@ def _multiply(a_hi, a_lo, b_hi, b_lo, layout: gl.constexpr):
 
 @gluon.jit
 def prepare(
-    k, X_hi, X_lo, beta, log_decay, scales, G, starts, slots,
+    k, beta, log_decay, X_hi, X_lo, scales, G, starts, slots,
     T, c_lo, n_chunks,
     HK: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, N: gl.constexpr, C: gl.constexpr,
     GATE: gl.constexpr, VARLEN: gl.constexpr, BACKWARD: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
-    """Write one chunk's X, scales and running log decay; k, X_hi and X_lo are descriptors of two-dimensional views."""
+    """Write one chunk's X, scales and running log decay, as `triton_forward.prepare`."""
     B16: gl.constexpr = gl.bfloat16
     acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])  # [64 64]: a warp's 16 rows
     thin: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])  # [64 32]
@@ -97,28 +96,24 @@ def prepare(
     rows = tokens * N
     slot = here * HV + h
 
-    key = gl.allocate_shared_memory(B16, [64, K], k.layout)
-    high = gl.allocate_shared_memory(B16, [64, 64], X_hi.layout)
-    low = gl.allocate_shared_memory(B16, [64, 64], X_lo.layout)
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    key = gl.allocate_shared_memory(B16, [64, K], swizzled)
+    high = gl.allocate_shared_memory(B16, [64, 64], swizzled)
+    low = gl.allocate_shared_memory(B16, [64, 64], swizzled)
     between_hi = gl.allocate_shared_memory(B16, [64, 32], gl.NVMMASharedLayout(64, 16, 2))
     between_lo = gl.allocate_shared_memory(B16, [64, 32], gl.NVMMASharedLayout(64, 16, 2))
     columns = gl.allocate_shared_memory(gl.float32, [16, 4, 16], cube)
     inverses = gl.allocate_shared_memory(gl.float32, [2, 2, 16, 16], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))
     ps = gl.allocate_shared_memory(gl.float32, [64], flat)
     ws = gl.allocate_shared_memory(gl.float32, [64], flat)
-    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(ready, count=1)
+    row = token.to(gl.int64) * N
+    fetch(key, k + (row * HK + h // (HV // HK)) * K, HK * K, rows)
+    async_copy.commit_group()
+    i = gl.arange(0, 64, by_line)
+    b = gl.load(beta + (row + i) * HV + h, mask=i < rows, other=0.0).to(gl.float64)
+    async_copy.wait_group(0)
     fence_async_shared()
     barrier()
-    mbarrier.expect(ready, 128 * K)
-    tma.async_copy_global_to_shared(k, [token * N, (h // (HV // HK)) * K], ready, key)
-    i = gl.arange(0, 64, by_line)
-    b = gl.load(beta + (token.to(gl.int64) * N + i) * HV + h, mask=i < rows, other=0.0).to(gl.float64)
-    mbarrier.wait(ready, 0)
-    if rows < 64:
-        _blank(key, rows)
-        fence_async_shared()
-        barrier()
     A = gl.zeros([64, 64], gl.float32, acc)
     A = warpgroup_mma(key, key.permute((1, 0)), A, use_acc=False, is_async=True)
     squared = gl.zeros([64], gl.float64, by_line)
@@ -170,7 +165,7 @@ def prepare(
         ws.store(g_lo)
         from_hi, from_lo = ps.load(gl.SliceLayout(0, acc))[None, :], ws.load(gl.SliceLayout(0, acc))[None, :]
         g_hi, g_lo = ps.load(gl.SliceLayout(1, acc))[:, None], ws.load(gl.SliceLayout(1, acc))[:, None]
-        A *= _exp(gl.where(r > j, (g_hi - from_hi) + (g_lo - from_lo), 0.0))
+        A *= exp(gl.where(r > j, (g_hi - from_hi) + (g_lo - from_lo), 0.0))
 
     # 16 rows: substitution, column by column of the blocks on the diagonal
     tiles = gl.reshape(gl.where((r > j) & (r // 16 == j // 16), A, 0.0), [4, 16, 4, 16])
@@ -188,10 +183,10 @@ def prepare(
     left: gl.constexpr = gl.DotOperandLayout(0, own, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, own, 2)
     tiles = gl.reshape(gl.where(r // 16 == j // 16 + 1, A, 0.0), [4, 16, 4, 16])
-    b_hi, b_lo = _split(gl.convert_layout(gl.sum(tiles, 2), left))
-    p_hi, p_lo = _split(_load_pairs(inverses.slice(0, 1, 1), right))
-    q_hi, q_lo = _split(_load_pairs(inverses, left))
-    t_hi, t_lo = _split(_multiply(b_hi, b_lo, p_hi, p_lo, own))
+    b_hi, b_lo = split(gl.convert_layout(gl.sum(tiles, 2), left))
+    p_hi, p_lo = split(_load_pairs(inverses.slice(0, 1, 1), right))
+    q_hi, q_lo = split(_load_pairs(inverses, left))
+    t_hi, t_lo = split(_multiply(b_hi, b_lo, p_hi, p_lo, own))
     joined = _multiply(q_hi, q_lo, gl.convert_layout(t_hi, right), gl.convert_layout(t_lo, right), own)
     same = _load_pairs(inverses, own)
     spread: gl.constexpr = gl.SliceLayout(2, by_tile)
@@ -203,12 +198,12 @@ def prepare(
     X = gl.where(r // 16 == j // 16, same, gl.where(pair, -joined, 0.0))
 
     # 64 rows
-    x_hi, x_lo = _split(X)
+    x_hi, x_lo = split(X)
     high.store(x_hi)
     low.store(x_lo)
     operand: gl.constexpr = gl.DotOperandLayout(0, acc, 2)
     below, rest = _halves(A)
-    b_hi, b_lo = _split(gl.convert_layout(below, operand))
+    b_hi, b_lo = split(gl.convert_layout(below, operand))
     fence_async_shared()
     barrier()
     Y = gl.zeros([64, 64], gl.float32, acc)
@@ -217,7 +212,7 @@ def prepare(
     Y = warpgroup_mma(b_hi, high.slice(0, 32, 0), Y, is_async=True)
     Y = warpgroup_mma_wait(0, deps=[Y])
     t, rest = _halves(Y)
-    t_hi, t_lo = _split(t)
+    t_hi, t_lo = split(t)
     between_hi.store(t_hi)
     between_lo.store(t_lo)
     rest, q_hi = _halves(x_hi)
@@ -235,12 +230,10 @@ def prepare(
     Z = gl.convert_layout(_whole(Z, Z), acc)
     corner = (r >= 32) & (j < 32)
     X = gl.where(corner, -Z, X) * row_p
-    x_hi, x_lo = _split(X)
+    x_hi, x_lo = split(X)
     high.store(x_hi)
     low.store(x_lo)
-    fence_async_shared()
     barrier()
-    tma.async_copy_shared_to_global(X_hi, [slot * 64, 0], high)
+    put(high, X_hi + slot.to(gl.int64) * 4096, 64, 64)
     if TERMS == 2:
-        tma.async_copy_shared_to_global(X_lo, [slot * 64, 0], low)
-    tma.store_wait(0)
+        put(low, X_lo + slot.to(gl.int64) * 4096, 64, 64)

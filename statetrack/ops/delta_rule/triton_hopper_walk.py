@@ -2,8 +2,8 @@
 
 Gluon is Triton's language with explicit layouts, copies and waits. One warpgroup walks with 64 value columns of one
 head, and two of them share a multiprocessor, so that one fills the tensor cores while the other splits its numbers. S,
-R and U stay in registers, from where `wgmma` takes its left operand. The tensor memory accelerator copies a chunk's
-tiles into shared memory while the chunk before it is worked on.
+R and U stay in registers, from where `wgmma` takes its left operand. A chunk's tiles are copied to shared memory while
+the chunk before it is worked on.
 
 No fence, barrier or branch may stand between a product and the wait for it: ptxas 12.8 crashes on it.
 
@@ -18,20 +18,14 @@ Letters as in triton_forward.py.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 COLUMNS = gl.constexpr(64)  # value columns of a warpgroup
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed between Triton 3.6 and 3.7
 
 
 @gluon.jit
-def _split(x):
+def split(x):
     """Return a float32 tile as two bf16 terms."""
     return gl.inline_asm_elementwise(
         """{ .reg .b32 a, b;
@@ -50,7 +44,7 @@ def _split(x):
 
 
 @gluon.jit
-def _exp(x):
+def exp(x):
     """Return exp of a tile that is at most 0; 0 below about -87."""
     return gl.inline_asm_elementwise(
         "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x * 1.4426950408889634], dtype=gl.float32, is_pure=True, pack=1
@@ -58,12 +52,14 @@ def _exp(x):
 
 
 @gluon.jit
-def _blank(tile, alive):
-    """Clear the rows from `alive` on of a tile in shared memory."""
+def fetch(tile, source, stride: gl.constexpr, alive, warps: gl.constexpr = 4):
+    """Start the copy of rows `stride` apart into a bf16 tile in shared memory; those from `alive` on become 0."""
     across: gl.constexpr = tile.shape[1] // 8
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [warps, 1], [1, 0])
     i = gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout))
-    tile.store(gl.where((i < alive)[:, None], tile.load(layout), 0.0))
+    d = gl.arange(0, tile.shape[1], gl.SliceLayout(0, layout))
+    pointers = source + ((i * stride)[:, None] + d[None, :])
+    async_copy.async_copy_global_to_shared(tile, pointers, mask=(i < alive)[:, None] & (d >= 0)[None, :])
 
 
 @gluon.jit
@@ -76,99 +72,75 @@ def _fetch_vector(vector, source, step: gl.constexpr = 1):
 
 @gluon.jit
 def _fetch(
-    ready, k, q, v, X_hi, X_lo, scales, G, keys, queries, values, high, low, ws, rests, ns, g_his, g_los, q_his, q_los,
-    c, first, base, hk, h, column,
-    HV: gl.constexpr, K: gl.constexpr, N: gl.constexpr, C: gl.constexpr, BQ: gl.constexpr,
+    k, q, v, X_hi, X_lo, scales, G, keys, queries, values, high, low, ws, rests, ns, g_his, g_los, q_his, q_los,
+    here, now, slot,
+    row: gl.constexpr, column: gl.constexpr, N: gl.constexpr,
     GATE: gl.constexpr, VALUES: gl.constexpr, OUTPUT: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
-    """Start the copies of chunk c's tiles into shared memory."""
-    size: gl.constexpr = (
-        128 * K + (2 * BQ * K if OUTPUT else 0) + (128 * COLUMNS if VALUES else 0) + 8192 * TERMS
-    )  # fmt: skip
-    mbarrier.expect(ready, size)
-    token = first + c * C
-    slot = (base + c) * HV + h
-    tma.async_copy_global_to_shared(k, [token * N, hk * K], ready, keys.index(c % 2))
+    """Start the copies of a chunk of `now` tokens; k, q and v point to its first rows."""
+    fetch(keys.index(here), k, row, now * N)
+    fetch(high, X_hi + slot * 4096, 64, 64)
+    if TERMS == 2:
+        fetch(low, X_lo + slot * 4096, 64, 64)
+        _fetch_vector(rests.index(here), scales + slot * 256 + 128)
+    _fetch_vector(ws.index(here), scales + slot * 256)
+    if VALUES:
+        fetch(values, v, column, now * N)
+        _fetch_vector(ns.index(here), scales + slot * 256 + 64)
     if OUTPUT:
-        tma.async_copy_global_to_shared(q, [token, hk * K], ready, queries)
-    if VALUES:
-        tma.async_copy_global_to_shared(v, [token * N, column], ready, values)
-    tma.async_copy_global_to_shared(X_hi, [slot * 64, 0], ready, high)
-    if TERMS == 2:
-        tma.async_copy_global_to_shared(X_lo, [slot * 64, 0], ready, low)
-    scales += slot.to(gl.int64) * 256
-    _fetch_vector(ws.index(c % 2), scales)
-    if TERMS == 2:
-        _fetch_vector(rests.index(c % 2), scales + 128)
-    if VALUES:
-        _fetch_vector(ns.index(c % 2), scales + 64)
+        fetch(queries, q, row, now)
     if GATE:
-        G += slot.to(gl.int64) * 128
-        _fetch_vector(g_his.index(c % 2), G)
-        _fetch_vector(g_los.index(c % 2), G + 64)
+        _fetch_vector(g_his.index(here), G + slot * 128)
+        _fetch_vector(g_los.index(here), G + slot * 128 + 64)
         if OUTPUT:
-            _fetch_vector(q_his.index(c % 2), G, N)
-            _fetch_vector(q_los.index(c % 2), G + 64, N)
+            _fetch_vector(q_his.index(here), G + slot * 128, N)
+            _fetch_vector(q_los.index(here), G + slot * 128 + 64, N)
     async_copy.commit_group()
 
 
 @gluon.jit
 def _fetch_back(
-    ready, k, q, d_out, X_hi, X_lo, scales, G, keys, queries, asked, high, low, ws, g_his, g_los, q_his, q_los,
-    c, first, base, hk, h, column,
-    HV: gl.constexpr, K: gl.constexpr, N: gl.constexpr, C: gl.constexpr, BQ: gl.constexpr,
-    GATE: gl.constexpr, TERMS: gl.constexpr,
+    k, q, d_out, X_hi, X_lo, scales, G, keys, queries, asked, high, low, ws, g_his, g_los, q_his, q_los,
+    here, now, slot,
+    row: gl.constexpr, column: gl.constexpr, N: gl.constexpr, GATE: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
-    """Start the copies of what the walk back needs of chunk c."""
-    mbarrier.expect(ready, 128 * K + 2 * BQ * K + 2 * BQ * COLUMNS + 8192 * TERMS)
-    token = first + c * C
-    slot = (base + c) * HV + h
-    tma.async_copy_global_to_shared(k, [token * N, hk * K], ready, keys.index(c % 2))
-    tma.async_copy_global_to_shared(q, [token, hk * K], ready, queries)
-    tma.async_copy_global_to_shared(d_out, [token, column], ready, asked)
-    tma.async_copy_global_to_shared(X_hi, [slot * 64, 0], ready, high)
+    """Start the copies of what the walk back needs of a chunk of `now` tokens."""
+    fetch(keys.index(here), k, row, now * N)
+    fetch(queries, q, row, now)
+    fetch(asked, d_out, column, now)
+    fetch(high, X_hi + slot * 4096, 64, 64)
     if TERMS == 2:
-        tma.async_copy_global_to_shared(X_lo, [slot * 64, 0], ready, low)
-    _fetch_vector(ws.index(c % 2), scales + slot.to(gl.int64) * 256)
+        fetch(low, X_lo + slot * 4096, 64, 64)
+    _fetch_vector(ws.index(here), scales + slot * 256)
     if GATE:
-        G += slot.to(gl.int64) * 128
-        _fetch_vector(g_his.index(c % 2), G)
-        _fetch_vector(g_los.index(c % 2), G + 64)
-        _fetch_vector(q_his.index(c % 2), G, N)
-        _fetch_vector(q_los.index(c % 2), G + 64, N)
+        _fetch_vector(g_his.index(here), G + slot * 128)
+        _fetch_vector(g_los.index(here), G + slot * 128 + 64)
+        _fetch_vector(q_his.index(here), G + slot * 128, N)
+        _fetch_vector(q_los.index(here), G + slot * 128 + 64, N)
     async_copy.commit_group()
 
 
 @gluon.jit
-def _put(page, view, rows, row, column, stride: gl.constexpr, alive):
-    """Store a page of shared memory at (row, column) of a two-dimensional view, only the rows before `alive`.
-
-    `rows` points to the view's first element.
-    """
-    if alive == page.shape[0]:
-        tma.async_copy_shared_to_global(view, [row, column], page)
-    else:
-        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        i = gl.arange(0, page.shape[0], gl.SliceLayout(1, layout))
-        x = gl.arange(0, page.shape[1], gl.SliceLayout(0, layout))
-        at = rows + row.to(gl.int64) * stride + column + ((i * stride)[:, None] + x[None, :])
-        gl.store(at, page.load(layout), mask=(i < alive)[:, None] & (x >= 0)[None, :])
+def put(page, to, stride: gl.constexpr, alive, warps: gl.constexpr = 4):
+    """Store the rows before `alive` of a page of shared memory, `stride` apart."""
+    across: gl.constexpr = page.shape[1] // 8
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [warps, 1], [1, 0])
+    i = gl.arange(0, page.shape[0], gl.SliceLayout(1, layout))
+    d = gl.arange(0, page.shape[1], gl.SliceLayout(0, layout))
+    mask = (i < alive)[:, None] & (d >= 0)[None, :]
+    gl.store(to + ((i * stride)[:, None] + d[None, :]), page.load(layout), mask=mask)
 
 
 @gluon.jit
 def walk(
-    k, q, v, X_hi, X_lo, F, o, scales, G, F_rows, o_rows, initial, final, saved, starts, bases,
+    q, k, v, X_hi, X_lo, scales, G, initial, o, final, saved, F, starts, bases,
     T, scale,
     HK: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     N: gl.constexpr, C: gl.constexpr, BQ: gl.constexpr,
     GATE: gl.constexpr, VARLEN: gl.constexpr, SAVE: gl.constexpr,
     VALUES: gl.constexpr, OUTPUT: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
-    """Walk over the chunks of one sequence and head, for 64 columns of the state.
-
-    k to o are descriptors of two-dimensional views, F_rows and o_rows pointers to the same; the rest is as in
-    `triton_forward.walk`.
-    """
+    """Walk over the chunks of one sequence and head, for 64 columns of the state, as `triton_forward.walk`."""
     B16: gl.constexpr = gl.bfloat16
     by_row: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])  # [V M]
     by_query: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BQ, 16])  # [V Q]
@@ -185,24 +157,32 @@ def walk(
     h = sh % HV
     hk = h // (HV // HK)
     if VARLEN:
-        first = gl.load(starts + s)
-        total = gl.load(starts + s + 1) - first
-        base = gl.load(bases + s)
+        first = gl.load(starts + s).to(gl.int64)
+        total = (gl.load(starts + s + 1) - first).to(gl.int32)
+        base = gl.load(bases + s).to(gl.int64)
     else:
-        first = s * T
+        first = s.to(gl.int64) * T
         total = T
-        base = s * ((T + C - 1) // C)
+        base = s.to(gl.int64) * ((T + C - 1) // C)
     chunks = (total + C - 1) // C
-    column = h * V + iv * COLUMNS
+    row: gl.constexpr = HK * K
+    column: gl.constexpr = HV * V
+    k += (first * N * HK + hk) * K
+    q += (first * HK + hk) * K
+    v += (first * N * HV + h) * V + iv * COLUMNS
+    F += (first * N * HV + h) * V + iv * COLUMNS
+    o += (first * HV + h) * V + iv * COLUMNS
+    slot = base * HV + h
 
-    keys = gl.allocate_shared_memory(B16, [2, 64, K], k.layout)
-    queries = gl.allocate_shared_memory(B16, [BQ, K], q.layout)
-    values = gl.allocate_shared_memory(B16, [64, COLUMNS], v.layout)
-    high = gl.allocate_shared_memory(B16, [64, 64], X_hi.layout)
-    low = gl.allocate_shared_memory(B16, [64, 64], X_lo.layout)
-    scores = gl.allocate_shared_memory(B16, [BQ, 64], X_hi.layout)
-    page = gl.allocate_shared_memory(B16, [BQ, COLUMNS], o.layout)
-    page_F = gl.allocate_shared_memory(B16, [64, COLUMNS], F.layout)
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    keys = gl.allocate_shared_memory(B16, [2, 64, K], swizzled)
+    queries = gl.allocate_shared_memory(B16, [BQ, K], swizzled)
+    values = gl.allocate_shared_memory(B16, [64, COLUMNS], swizzled)
+    high = gl.allocate_shared_memory(B16, [64, 64], swizzled)
+    low = gl.allocate_shared_memory(B16, [64, 64], swizzled)
+    scores = gl.allocate_shared_memory(B16, [BQ, 64], swizzled)
+    page = gl.allocate_shared_memory(B16, [BQ, COLUMNS], swizzled)
+    page_F = gl.allocate_shared_memory(B16, [64, COLUMNS], swizzled)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ws = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
     rests = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
@@ -211,10 +191,6 @@ def walk(
     g_los = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
     q_his = gl.allocate_shared_memory(gl.float32, [2, BQ], flat)
     q_los = gl.allocate_shared_memory(gl.float32, [2, BQ], flat)
-    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(ready, count=1)
-    fence_async_shared()
-    barrier()
     e = gl.arange(0, COLUMNS, gl.SliceLayout(1, by_key))
     d = gl.arange(0, K, gl.SliceLayout(0, by_key))
     tile = (sh.to(gl.int64) * K + d[None, :]) * V + iv * COLUMNS + e[:, None]
@@ -223,31 +199,25 @@ def walk(
     jq = gl.arange(0, BQ, in_query)
 
     _fetch(
-        ready, k, q, v, X_hi, X_lo, scales, G, keys, queries, values, high, low, ws, rests, ns, g_his, g_los, q_his,
-        q_los, 0, first, base, hk, h, column, HV, K, N, C, BQ, GATE, VALUES, OUTPUT, TERMS,
+        k, q, v, X_hi, X_lo, scales, G, keys, queries, values, high, low, ws, rests, ns, g_his, g_los, q_his, q_los,
+        0, gl.minimum(total, C), slot, row, column, N, GATE, VALUES, OUTPUT, TERMS,
     )  # fmt: skip
     for c in range(0, chunks):
         here = c % 2
         key = keys.index(here)
         now = gl.minimum(total - c * C, C)  # tokens of this chunk
-        mbarrier.wait(ready, here)
         async_copy.wait_group(0)
-        if now * N < 64:
-            _blank(key, now * N)
-            if VALUES:
-                _blank(values, now * N)
-            fence_async_shared()
-            barrier()
+        fence_async_shared()
+        barrier()
 
         if OUTPUT:  # what queries see of this chunk's writes
             PT = gl.zeros([64, BQ], gl.float32, by_query)
             PT = warpgroup_mma(key, queries.permute((1, 0)), PT, use_acc=False, is_async=True)
-        s_hi, s_lo = _split(ST)
+        s_hi, s_lo = split(ST)
         s_hi = gl.convert_layout(s_hi, left, assert_trivial=True)
         s_lo = gl.convert_layout(s_lo, left, assert_trivial=True)
         if SAVE:
-            to = saved + ((base + c).to(gl.int64) * HV + h) * K * V
-            gl.store(to + keep, gl.convert_layout(s_hi, by_key, assert_trivial=True))
+            gl.store(saved + slot * K * V + keep, gl.convert_layout(s_hi, by_key, assert_trivial=True))
         if OUTPUT:
             PT = warpgroup_mma_wait(0, deps=[PT])
         RT = gl.zeros([COLUMNS, 64], gl.float32, by_row)
@@ -264,7 +234,7 @@ def walk(
             see = i[:, None] // N <= jq[None, :]
             if GATE:
                 by_line: gl.constexpr = gl.SliceLayout(1, by_query)
-                PT *= _exp(gl.where(see, (
+                PT *= exp(gl.where(see, (
                     (q_his.index(here).load(in_query)[None, :] - g_his.index(here).load(by_line)[:, None])
                     + (q_los.index(here).load(in_query)[None, :] - g_los.index(here).load(by_line)[:, None])
                 ), 0.0))  # fmt: skip
@@ -274,12 +244,12 @@ def walk(
         else:
             RT = warpgroup_mma_wait(0, deps=[RT])
         if GATE:
-            RT *= _exp(g_his.index(here).load(in_row))[None, :]
+            RT *= exp(g_his.index(here).load(in_row))[None, :]
         if VALUES:
             RT = values.permute((1, 0)).load(by_row).to(gl.float32) * ns.index(here).load(in_row)[None, :] - RT
         else:
             RT = -RT
-        r_hi, r_lo = _split(RT)
+        r_hi, r_lo = split(RT)
         r_hi = gl.convert_layout(r_hi, left, assert_trivial=True)
         r_lo = gl.convert_layout(r_lo, left, assert_trivial=True)
         UT = gl.zeros([COLUMNS, 64], gl.float32, by_row)
@@ -293,13 +263,16 @@ def walk(
             UT, OT = warpgroup_mma_wait(0, deps=[UT, OT])
         else:
             UT = warpgroup_mma_wait(0, deps=[UT])
-        tma.store_wait(0)
         fence_async_shared()
         barrier()  # scores are written, pages are free, all but the keys is read
         if c + 1 < chunks:
+            k += C * N * row
+            q += C * row
+            v += C * N * column
             _fetch(
-                ready, k, q, v, X_hi, X_lo, scales, G, keys, queries, values, high, low, ws, rests, ns, g_his, g_los,
-                q_his, q_los, c + 1, first, base, hk, h, column, HV, K, N, C, BQ, GATE, VALUES, OUTPUT, TERMS,
+                k, q, v, X_hi, X_lo, scales, G, keys, queries, values, high, low, ws, rests, ns, g_his, g_los, q_his,
+                q_los, 1 - here, gl.minimum(total - (c + 1) * C, C), slot + HV, row, column, N,
+                GATE, VALUES, OUTPUT, TERMS,
             )  # fmt: skip
         if SAVE:
             page_F.permute((1, 0)).store(UT.to(B16))
@@ -307,17 +280,16 @@ def walk(
             UT = UT * ws.index(here).load(in_row)[None, :] + UT * rests.index(here).load(in_row)[None, :]
         else:
             UT = UT * ws.index(here).load(in_row)[None, :]
-        u_hi, u_lo = _split(UT)
+        u_hi, u_lo = split(UT)
         if OUTPUT:
             if GATE:
-                OT *= _exp(q_his.index(here).load(in_query))[None, :]
+                OT *= exp(q_his.index(here).load(in_query))[None, :]
             u_q = gl.convert_layout(u_hi, left_q, assert_trivial=True)
             OT = warpgroup_mma(u_q, scores.permute((1, 0)), OT, is_async=True)
         if GATE:
-            ends = G + ((base + c).to(gl.int64) * HV + h) * 128
-            last_hi, last_lo = gl.load(ends + 63), gl.load(ends + 127)
+            last_hi, last_lo = gl.load(G + slot * 128 + 63), gl.load(G + slot * 128 + 127)
             g_hi, g_lo = g_his.index(here).load(in_row), g_los.index(here).load(in_row)
-            u_hi, u_lo = _split(UT * _exp((last_hi - g_hi) + (last_lo - g_lo))[None, :])
+            u_hi, u_lo = split(UT * exp((last_hi - g_hi) + (last_lo - g_lo))[None, :])
             ST *= gl.exp(last_hi)
         u_hi = gl.convert_layout(u_hi, left_k, assert_trivial=True)
         u_lo = gl.convert_layout(u_lo, left_k, assert_trivial=True)
@@ -328,29 +300,26 @@ def walk(
             OT = warpgroup_mma_wait(TERMS, deps=[OT])
             page.permute((1, 0)).store((OT * scale).to(B16))
         ST = warpgroup_mma_wait(0, deps=[ST])
-        fence_async_shared()
         barrier()  # pages are written
         if OUTPUT:
-            _put(page, o, o_rows, first + c * C, column, HV * V, now)
+            put(page, o, column, now)
+            o += C * column
         if SAVE:
-            _put(page_F, F, F_rows, (first + c * C) * N, column, HV * V, now * N)
-    tma.store_wait(0)
+            put(page_F, F, column, now * N)
+            F += C * N * column
+        slot += HV
     gl.store(final + tile, ST)
 
 
 @gluon.jit
 def walk_back(
-    k, q, d_out, X_hi, X_lo, z, scales, G, z_rows, d_state, d_final, d_saved, starts, bases,
+    q, k, d_out, X_hi, X_lo, scales, G, d_state, d_final, z, d_saved, starts, bases,
     T, c_lo, c_hi, scale,
     HK: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     N: gl.constexpr, C: gl.constexpr, BQ: gl.constexpr,
     GATE: gl.constexpr, VARLEN: gl.constexpr, OUTPUT: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
-    """Walk back from chunk c_hi - 1 to c_lo of one sequence and head, for 64 columns of the state's gradient.
-
-    k to z are descriptors of two-dimensional views, z_rows is a pointer to z; the rest is as in
-    `triton_backward.walk_back`.
-    """
+    """Walk back over the chunks [c_lo, c_hi) of a sequence and head, for 64 columns, as `triton_backward.walk_back`."""
     B16: gl.constexpr = gl.bfloat16
     by_row: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])  # [V M]
     by_query: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BQ, 16])  # [M Q]
@@ -366,34 +335,38 @@ def walk_back(
     h = sh % HV
     hk = h // (HV // HK)
     if VARLEN:
-        first = gl.load(starts + s)
-        total = gl.load(starts + s + 1) - first
-        base = gl.load(bases + s)
+        first = gl.load(starts + s).to(gl.int64)
+        total = (gl.load(starts + s + 1) - first).to(gl.int32)
+        base = gl.load(bases + s).to(gl.int64)
         stop = (total + C - 1) // C
     else:
-        first = s * T
+        first = s.to(gl.int64) * T
         total = T
-        base = s * (c_hi - c_lo) - c_lo
+        base = s.to(gl.int64) * (c_hi - c_lo) - c_lo
         stop = c_hi
-    column = h * V + iv * COLUMNS
+    row: gl.constexpr = HK * K
+    column: gl.constexpr = HV * V
+    first += (stop - 1) * C
+    k += (first * N * HK + hk) * K
+    q += (first * HK + hk) * K
+    d_out += (first * HV + h) * V + iv * COLUMNS
+    z += (first * N * HV + h) * V + iv * COLUMNS
+    slot = (base + stop - 1) * HV + h
 
-    keys = gl.allocate_shared_memory(B16, [2, 64, K], k.layout)
-    queries = gl.allocate_shared_memory(B16, [BQ, K], q.layout)
-    asked = gl.allocate_shared_memory(B16, [BQ, COLUMNS], d_out.layout)
-    high = gl.allocate_shared_memory(B16, [64, 64], X_hi.layout)
-    low = gl.allocate_shared_memory(B16, [64, 64], X_lo.layout)
-    scores = gl.allocate_shared_memory(B16, [BQ, 64], X_hi.layout)
-    page = gl.allocate_shared_memory(B16, [64, COLUMNS], z.layout)
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    keys = gl.allocate_shared_memory(B16, [2, 64, K], swizzled)
+    queries = gl.allocate_shared_memory(B16, [BQ, K], swizzled)
+    asked = gl.allocate_shared_memory(B16, [BQ, COLUMNS], swizzled)
+    high = gl.allocate_shared_memory(B16, [64, 64], swizzled)
+    low = gl.allocate_shared_memory(B16, [64, 64], swizzled)
+    scores = gl.allocate_shared_memory(B16, [BQ, 64], swizzled)
+    page = gl.allocate_shared_memory(B16, [64, COLUMNS], swizzled)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ws = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
     g_his = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
     g_los = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
     q_his = gl.allocate_shared_memory(gl.float32, [2, BQ], flat)
     q_los = gl.allocate_shared_memory(gl.float32, [2, BQ], flat)
-    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(ready, count=1)
-    fence_async_shared()
-    barrier()
 
     e = gl.arange(0, COLUMNS, gl.SliceLayout(1, by_key))
     d = gl.arange(0, K, gl.SliceLayout(0, by_key))
@@ -404,29 +377,21 @@ def walk_back(
     DT = gl.load(d_final + tile) / scale
     if stop > c_lo:
         _fetch_back(
-            ready, k, q, d_out, X_hi, X_lo, scales, G, keys, queries, asked, high, low, ws, g_his, g_los, q_his, q_los,
-            stop - 1, first, base, hk, h, column, HV, K, N, C, BQ, GATE, TERMS,
+            k, q, d_out, X_hi, X_lo, scales, G, keys, queries, asked, high, low, ws, g_his, g_los, q_his, q_los,
+            0, gl.minimum(total - (stop - 1) * C, C), slot, row, column, N, GATE, TERMS,
         )  # fmt: skip
     for back in range(0, stop - c_lo):
         c = stop - 1 - back
-        here = c % 2
+        here = back % 2
         key = keys.index(here)
         now = gl.minimum(total - c * C, C)  # tokens of this chunk
-        mbarrier.wait(ready, back & 1)
         async_copy.wait_group(0)
-        if now * N < 64:
-            _blank(key, now * N)
-            fence_async_shared()
-        if now < BQ:
-            _blank(queries, now)
-            _blank(asked, now)
-            fence_async_shared()
-        if (now * N < 64) | (now < BQ):
-            barrier()
+        fence_async_shared()
+        barrier()
 
         PT = gl.zeros([64, BQ], gl.float32, by_query)
         PT = warpgroup_mma(key, queries.permute((1, 0)), PT, use_acc=False, is_async=True)
-        s_hi, s_lo = _split(DT)
+        s_hi, s_lo = split(DT)
         s_hi = gl.convert_layout(s_hi, left, assert_trivial=True)
         s_lo = gl.convert_layout(s_lo, left, assert_trivial=True)
         PT = warpgroup_mma_wait(0, deps=[PT])
@@ -434,16 +399,14 @@ def walk_back(
         see = i[:, None] // N <= jq[None, :]
         if GATE:
             by_line: gl.constexpr = gl.SliceLayout(1, by_query)
-            PT *= _exp(gl.where(see, (
+            PT *= exp(gl.where(see, (
                 (q_his.index(here).load(in_query)[None, :] - g_his.index(here).load(by_line)[:, None])
                 + (q_los.index(here).load(in_query)[None, :] - g_los.index(here).load(by_line)[:, None])
             ), 0.0))  # fmt: skip
         scores.permute((1, 0)).store(gl.where(see, PT, 0.0).to(B16))
         if OUTPUT:
-            to = d_saved + ((base + c).to(gl.int64) * HV + h) * K * V
-            gl.store(to + keep, (DT * scale).to(B16))
+            gl.store(d_saved + slot * K * V + keep, (DT * scale).to(B16))
         reads = asked.permute((1, 0)).load(left)  # [V Q]
-        tma.store_wait(0)
         fence_async_shared()
         barrier()  # scores are written, the page is free
 
@@ -455,19 +418,18 @@ def walk_back(
             UT = warpgroup_mma(s_hi, key.permute((1, 0)), UT, use_acc=False, is_async=True)
         if GATE:
             UT = warpgroup_mma_wait(0, deps=[UT])
-            ends = G + ((base + c).to(gl.int64) * HV + h) * 128
-            last_hi, last_lo = gl.load(ends + 63), gl.load(ends + 127)
+            last_hi, last_lo = gl.load(G + slot * 128 + 63), gl.load(G + slot * 128 + 127)
             g_hi, g_lo = g_his.index(here).load(in_row), g_los.index(here).load(in_row)
-            UT *= _exp((last_hi - g_hi) + (last_lo - g_lo))[None, :]
+            UT *= exp((last_hi - g_hi) + (last_lo - g_lo))[None, :]
             DT *= gl.exp(last_hi)
             at: gl.constexpr = gl.SliceLayout(0, left)
-            faded = (reads.to(gl.float32) * _exp(q_his.index(here).load(at))[None, :]).to(B16)
+            faded = (reads.to(gl.float32) * exp(q_his.index(here).load(at))[None, :]).to(B16)
         else:
             faded = reads
         UT = warpgroup_mma(reads, scores, UT, is_async=True)
         DT = warpgroup_mma(gl.convert_layout(faded, left_k, assert_trivial=True), queries, DT, is_async=True)
         UT = warpgroup_mma_wait(1, deps=[UT])
-        u_hi, u_lo = _split(UT)
+        u_hi, u_lo = split(UT)
         u_hi = gl.convert_layout(u_hi, left, assert_trivial=True)
         u_lo = gl.convert_layout(u_lo, left, assert_trivial=True)
         ZT = gl.zeros([COLUMNS, 64], gl.float32, by_row)
@@ -480,25 +442,28 @@ def walk_back(
         ZT, DT = warpgroup_mma_wait(0, deps=[ZT, DT])
         barrier()  # all but the keys is read
         if c > c_lo:
+            k -= C * N * row
+            q -= C * row
+            d_out -= C * column
             _fetch_back(
-                ready, k, q, d_out, X_hi, X_lo, scales, G, keys, queries, asked, high, low, ws, g_his, g_los, q_his,
-                q_los, c - 1, first, base, hk, h, column, HV, K, N, C, BQ, GATE, TERMS,
+                k, q, d_out, X_hi, X_lo, scales, G, keys, queries, asked, high, low, ws, g_his, g_los, q_his, q_los,
+                1 - here, C, slot - HV, row, column, N, GATE, TERMS,
             )  # fmt: skip
         if OUTPUT:
             page.permute((1, 0)).store((ZT * scale).to(B16))
         read = ws.index(here).load(in_row)
         if GATE:
-            read *= _exp(g_his.index(here).load(in_row))
-        h_hi, h_lo = _split(-ZT * read[None, :])
+            read *= exp(g_his.index(here).load(in_row))
+        h_hi, h_lo = split(-ZT * read[None, :])
         h_hi = gl.convert_layout(h_hi, left_k, assert_trivial=True)
         h_lo = gl.convert_layout(h_lo, left_k, assert_trivial=True)
         DT = warpgroup_mma(h_hi, key, DT, is_async=True)
         if TERMS == 2:
             DT = warpgroup_mma(h_lo, key, DT, is_async=True)
         DT = warpgroup_mma_wait(0, deps=[DT])
-        fence_async_shared()
         barrier()  # the page is written
         if OUTPUT:
-            _put(page, z, z_rows, (first + c * C) * N, column, HV * V, now * N)
-    tma.store_wait(0)
+            put(page, z, column, now * N)
+            z -= C * N * column
+        slot -= HV
     gl.store(d_state + tile, DT * scale)
