@@ -6,7 +6,8 @@ column, and then joins blocks in pairs,
 
     (I + [[A, 0], [B, D]])^-1 = [[P, 0], [-Q B P, Q]],   P = (I + A)^-1,  Q = (I + D)^-1,
 
-with products in two bf16 terms: 16 rows by each warp on its own, 32 rows by the warpgroup.
+with products in two bf16 terms, that of the low ones included: an error of X recurs with its keys, and adds up over a
+long sequence. Joins of 16 rows are each warp's own, that of 32 rows is the warpgroup's.
 
 Letters as in triton_forward.py.
 """
@@ -54,8 +55,9 @@ def _load_pairs(blocks, layout: gl.constexpr):
 
 @gluon.jit
 def _multiply(a_hi, a_lo, b_hi, b_lo, layout: gl.constexpr):
-    """Return (a_hi + a_lo) (b_hi + b_lo) [4 16 16], without the product of the low terms."""
+    """Return (a_hi + a_lo) (b_hi + b_lo) [4 16 16]."""
     out = gl.zeros([4, 16, 16], gl.float32, layout)
+    out = mma_v2(a_lo, b_lo, out)
     out = mma_v2(a_lo, b_hi, out)
     out = mma_v2(a_hi, b_lo, out)
     return mma_v2(a_hi, b_hi, out)
@@ -207,7 +209,8 @@ def prepare(
     fence_async_shared()
     barrier()
     Y = gl.zeros([64, 64], gl.float32, acc)
-    Y = warpgroup_mma(b_lo, high.slice(0, 32, 0), Y, use_acc=False, is_async=True)
+    Y = warpgroup_mma(b_lo, low.slice(0, 32, 0), Y, use_acc=False, is_async=True)
+    Y = warpgroup_mma(b_lo, high.slice(0, 32, 0), Y, is_async=True)
     Y = warpgroup_mma(b_hi, low.slice(0, 32, 0), Y, is_async=True)
     Y = warpgroup_mma(b_hi, high.slice(0, 32, 0), Y, is_async=True)
     Y = warpgroup_mma_wait(0, deps=[Y])
@@ -223,7 +226,8 @@ def prepare(
     fence_async_shared()
     barrier()
     Z = gl.zeros([64, 32], gl.float32, thin)
-    Z = warpgroup_mma(q_lo, between_hi.slice(32, 32, 0), Z, use_acc=False, is_async=True)
+    Z = warpgroup_mma(q_lo, between_lo.slice(32, 32, 0), Z, use_acc=False, is_async=True)
+    Z = warpgroup_mma(q_lo, between_hi.slice(32, 32, 0), Z, is_async=True)
     Z = warpgroup_mma(q_hi, between_lo.slice(32, 32, 0), Z, is_async=True)
     Z = warpgroup_mma(q_hi, between_hi.slice(32, 32, 0), Z, is_async=True)
     Z = warpgroup_mma_wait(0, deps=[Z])
