@@ -85,8 +85,8 @@ class Plan:
         self.common = {"GATE": log_decay is not None, "VARLEN": self.varlen, "EXACT": exact}
         self.BQ = max(16, triton.next_power_of_2(self.C))
         self.BV = walk_columns(self.V, BK, exact)
-        even = not self.varlen and self.T % self.C == 0 and ROWS % self.N == 0 and self.BQ == self.C
-        even = even and BK == self.K and self.V % self.BV == 0
+        self.whole = not self.varlen and self.T % self.C == 0 and ROWS % self.N == 0 and self.BQ == self.C
+        even = self.whole and BK == self.K and self.V % self.BV == 0
         self.walk = {"EVEN": even, "TERMS": terms, "BQ": self.BQ, "BV": self.BV, **walk_schedule(BK, self.BV, exact)}
         wide = min(64 if BK <= 128 and not exact else 32 if BK <= 128 else 16, triton.next_power_of_2(self.V))
         wide = max(16, wide)

@@ -39,7 +39,8 @@ def launch_prepare(
     prepare[(work["X_hi"].shape[0] * plan.HV,)](
         k, beta, log_decay, work["X_hi"], work["X_lo"], work["scales"], work["G"], plan.starts, plan.slots,
         plan.T, low, high - low,
-        plan.HK, plan.HV, plan.K, plan.N, plan.C, plan.common["GATE"], plan.varlen, backward, terms, num_warps=4,
+        plan.HK, plan.HV, plan.K, plan.N, plan.C,
+        plan.common["GATE"], plan.varlen, plan.whole, backward, terms, num_warps=4,
     )  # fmt: skip
 
 
@@ -50,7 +51,7 @@ def launch_walk(plan: Plan, work: dict[str, Tensor], tensors: tuple[Tensor, ...]
     walk[(V // 64, plan.S * plan.HV)](
         q, k, v, work["X_hi"], work["X_lo"], work["scales"], work["G"], start, o, end, saved, F,
         plan.starts, plan.bases, plan.T, scale, plan.HK, plan.HV, plan.K, V, plan.N, plan.C, plan.BQ,
-        plan.common["GATE"], plan.varlen, save, values, output, plan.walk["TERMS"], num_warps=4,
+        plan.common["GATE"], plan.varlen, plan.whole, save, values, output, plan.walk["TERMS"], num_warps=4,
     )  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def launch_walk_back(
     walk_back[(plan.V // 64, plan.S * plan.HV)](
         q, k, d_out, work["X_hi"], work["X_lo"], work["scales"], work["G"], out, ends, z, d_saved,
         plan.starts, plan.bases, plan.T, low, high, scale, plan.HK, plan.HV, plan.K, plan.V, plan.N, plan.C, plan.BQ,
-        plan.common["GATE"], plan.varlen, output, plan.walk["TERMS"], num_warps=4,
+        plan.common["GATE"], plan.varlen, plan.whole, output, plan.walk["TERMS"], num_warps=4,
     )  # fmt: skip
 
 
@@ -76,5 +77,5 @@ def launch_gather(
         q, k, v, log_decay, d_out, work["scales"], work["G"], saved, F, d_saved, z, dq, dk, d_beta, d_decay,
         plan.starts, plan.slots, plan.T, low, high - low, plan.most, scale,
         plan.HK, plan.HV, plan.K, plan.V, plan.N, plan.C,
-        plan.common["GATE"], plan.varlen, num_warps=8, **registers,
+        plan.common["GATE"], plan.varlen, plan.whole, num_warps=8, **registers,
     )  # fmt: skip

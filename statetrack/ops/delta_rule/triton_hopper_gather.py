@@ -24,12 +24,12 @@ HALF = gl.constexpr(64)  # value rows of S and dS that are in shared memory at a
 
 
 @gluon.jit
-def _save(to, tile, x, stride: gl.constexpr, alive):
+def _save(to, tile, x, stride: gl.constexpr, alive, EVEN: gl.constexpr):
     """Store the rows before `alive` of a float32 tile; as bf16 it goes through shared memory."""
     if to.dtype.element_ty == gl.bfloat16:
         tile.store(x.to(gl.bfloat16))
         barrier()
-        put(tile, to, stride, alive, 8)
+        put(tile, to, stride, alive, EVEN, 8)
     else:
         own: gl.constexpr = x.type.layout
         i = gl.arange(0, tile.shape[0], gl.SliceLayout(1, own))
@@ -42,7 +42,7 @@ def gather(
     q, k, v, log_decay, d_out, scales, G, saved, F, d_saved, z, dq, dk, d_beta, d_decay, starts, slots,
     T, c_lo, n_chunks, n_all, scale,
     HK: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
-    N: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr, VARLEN: gl.constexpr,
+    N: gl.constexpr, C: gl.constexpr, GATE: gl.constexpr, VARLEN: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one chunk's inputs, as `triton_backward.gather`; dv replaces Z."""
     B16: gl.constexpr = gl.bfloat16
@@ -83,15 +83,15 @@ def gather(
     state = gl.allocate_shared_memory(B16, [HALF, K], swizzled)
     P_s = gl.allocate_shared_memory(B16, [64, 64], swizzled)
     L_s = gl.allocate_shared_memory(B16, [64, 64], swizzled)
-    fetch(key, k + (row * HK + hk) * K, HK * K, rows, 8)
-    fetch(query, q + (token.to(gl.int64) * HK + hk) * K, HK * K, tokens, 8)
+    fetch(key, k + (row * HK + hk) * K, HK * K, rows, EVEN, 8)
+    fetch(query, q + (token.to(gl.int64) * HK + hk) * K, HK * K, tokens, EVEN and C == 64, 8)
     d_out += (token.to(gl.int64) * HV + h) * V
     for e in gl.static_range(V // HALF):
-        fetch(asked.index(e), d_out + e * HALF, HV * V, tokens, 8)
+        fetch(asked.index(e), d_out + e * HALF, HV * V, tokens, EVEN and C == 64, 8)
     async_copy.commit_group()
     saved += (there.to(gl.int64) * HV + h) * K * V
     d_saved += slot * K * V
-    fetch(state, saved, K, HALF, 8)
+    fetch(state, saved, K, HALF, True, 8)
     async_copy.commit_group()
 
     # row by row: dw, dn, dv and the products' operands
@@ -106,9 +106,14 @@ def gather(
     dw = gl.zeros([64], gl.float32, in_lines)
     dn = gl.zeros([64], gl.float32, in_lines)
     for e in gl.static_range(V // HALF):
-        zt = gl.load(z + at + e * HALF, mask=alive, other=0.0).to(gl.float32)
-        ft = gl.load(F + at + e * HALF, mask=alive, other=0.0).to(gl.float32)
-        vt = gl.load(v + at + e * HALF, mask=alive, other=0.0).to(gl.float32)
+        if EVEN:
+            zt = gl.load(z + at + e * HALF).to(gl.float32)
+            ft = gl.load(F + at + e * HALF).to(gl.float32)
+            vt = gl.load(v + at + e * HALF).to(gl.float32)
+        else:
+            zt = gl.load(z + at + e * HALF, mask=alive, other=0.0).to(gl.float32)
+            ft = gl.load(F + at + e * HALF, mask=alive, other=0.0).to(gl.float32)
+            vt = gl.load(v + at + e * HALF, mask=alive, other=0.0).to(gl.float32)
         dw += gl.sum(zt * ft, 1)
         dn += gl.sum(zt * vt, 1)
         us.index(e).store((ft * wp[:, None]).to(B16))
@@ -167,7 +172,7 @@ def gather(
         R = warpgroup_mma(h_e, state, R, is_async=True)
         dQ, R = warpgroup_mma_wait(0, deps=[dQ, R])
         barrier()
-        fetch(state, d_saved + e * HALF * K, K, HALF, 8)
+        fetch(state, d_saved + e * HALF * K, K, HALF, True, 8)
         async_copy.commit_group()
         async_copy.wait_group(0)
         fence_async_shared()
@@ -181,7 +186,7 @@ def gather(
         W = warpgroup_mma_wait(0, deps=[W])
         if e + 1 < V // HALF:
             barrier()
-            fetch(state, saved + (e + 1) * HALF * K, K, HALF, 8)
+            fetch(state, saved + (e + 1) * HALF * K, K, HALF, True, 8)
             async_copy.commit_group()
 
     fence_async_shared()
@@ -214,5 +219,5 @@ def gather(
     barrier()
     along = gl.convert_layout(along, tall)
     W += R + kt * along[:, None]
-    _save(dq + (token.to(gl.int64) * HV + h) * K, query, dQ, HV * K, tokens)
-    _save(dk + (row * HV + h) * K, key, W, HV * K, rows)
+    _save(dq + (token.to(gl.int64) * HV + h) * K, query, dQ, HV * K, tokens, EVEN and C == 64)
+    _save(dk + (row * HV + h) * K, key, W, HV * K, rows, EVEN)

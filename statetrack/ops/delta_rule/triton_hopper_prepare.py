@@ -68,7 +68,7 @@ def prepare(
     k, beta, log_decay, X_hi, X_lo, scales, G, starts, slots,
     T, c_lo, n_chunks,
     HK: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, N: gl.constexpr, C: gl.constexpr,
-    GATE: gl.constexpr, VARLEN: gl.constexpr, BACKWARD: gl.constexpr, TERMS: gl.constexpr,
+    GATE: gl.constexpr, VARLEN: gl.constexpr, EVEN: gl.constexpr, BACKWARD: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
     """Write one chunk's X, scales and running log decay, as `triton_forward.prepare`."""
     B16: gl.constexpr = gl.bfloat16
@@ -109,7 +109,7 @@ def prepare(
     ps = gl.allocate_shared_memory(gl.float32, [64], flat)
     ws = gl.allocate_shared_memory(gl.float32, [64], flat)
     row = token.to(gl.int64) * N
-    fetch(key, k + (row * HK + h // (HV // HK)) * K, HK * K, rows)
+    fetch(key, k + (row * HK + h // (HV // HK)) * K, HK * K, rows, EVEN)
     async_copy.commit_group()
     i = gl.arange(0, 64, by_line)
     b = gl.load(beta + (row + i) * HV + h, mask=i < rows, other=0.0).to(gl.float64)
@@ -238,6 +238,6 @@ def prepare(
     high.store(x_hi)
     low.store(x_lo)
     barrier()
-    put(high, X_hi + slot.to(gl.int64) * 4096, 64, 64)
+    put(high, X_hi + slot.to(gl.int64) * 4096, 64, 64, True)
     if TERMS == 2:
-        put(low, X_lo + slot.to(gl.int64) * 4096, 64, 64)
+        put(low, X_lo + slot.to(gl.int64) * 4096, 64, 64, True)

@@ -52,14 +52,17 @@ def exp(x):
 
 
 @gluon.jit
-def fetch(tile, source, stride: gl.constexpr, alive, warps: gl.constexpr = 4):
-    """Start the copy of rows `stride` apart into a bf16 tile in shared memory; those from `alive` on become 0."""
+def fetch(tile, source, stride: gl.constexpr, alive, EVEN: gl.constexpr, warps: gl.constexpr = 4):
+    """Start the copy of rows `stride` apart into a bf16 tile of shared memory; if not EVEN, those from `alive` are 0."""
     across: gl.constexpr = tile.shape[1] // 8
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [warps, 1], [1, 0])
     i = gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout))
     d = gl.arange(0, tile.shape[1], gl.SliceLayout(0, layout))
     pointers = source + ((i * stride)[:, None] + d[None, :])
-    async_copy.async_copy_global_to_shared(tile, pointers, mask=(i < alive)[:, None] & (d >= 0)[None, :])
+    if EVEN:
+        async_copy.async_copy_global_to_shared(tile, pointers)
+    else:
+        async_copy.async_copy_global_to_shared(tile, pointers, mask=(i < alive)[:, None] & (d >= 0)[None, :])
 
 
 @gluon.jit
@@ -75,20 +78,20 @@ def _fetch(
     k, q, v, X_hi, X_lo, scales, G, keys, queries, values, high, low, ws, rests, ns, g_his, g_los, q_his, q_los,
     here, now, slot,
     row: gl.constexpr, column: gl.constexpr, N: gl.constexpr,
-    GATE: gl.constexpr, VALUES: gl.constexpr, OUTPUT: gl.constexpr, TERMS: gl.constexpr,
+    GATE: gl.constexpr, EVEN: gl.constexpr, VALUES: gl.constexpr, OUTPUT: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
     """Start the copies of a chunk of `now` tokens; k, q and v point to its first rows."""
-    fetch(keys.index(here), k, row, now * N)
-    fetch(high, X_hi + slot * 4096, 64, 64)
+    fetch(keys.index(here), k, row, now * N, EVEN)
+    fetch(high, X_hi + slot * 4096, 64, 64, True)
     if TERMS == 2:
-        fetch(low, X_lo + slot * 4096, 64, 64)
+        fetch(low, X_lo + slot * 4096, 64, 64, True)
         _fetch_vector(rests.index(here), scales + slot * 256 + 128)
     _fetch_vector(ws.index(here), scales + slot * 256)
     if VALUES:
-        fetch(values, v, column, now * N)
+        fetch(values, v, column, now * N, EVEN)
         _fetch_vector(ns.index(here), scales + slot * 256 + 64)
     if OUTPUT:
-        fetch(queries, q, row, now)
+        fetch(queries, q, row, now, EVEN)
     if GATE:
         _fetch_vector(g_his.index(here), G + slot * 128)
         _fetch_vector(g_los.index(here), G + slot * 128 + 64)
@@ -102,15 +105,16 @@ def _fetch(
 def _fetch_back(
     k, q, d_out, X_hi, X_lo, scales, G, keys, queries, asked, high, low, ws, g_his, g_los, q_his, q_los,
     here, now, slot,
-    row: gl.constexpr, column: gl.constexpr, N: gl.constexpr, GATE: gl.constexpr, TERMS: gl.constexpr,
+    row: gl.constexpr, column: gl.constexpr, N: gl.constexpr,
+    GATE: gl.constexpr, EVEN: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
     """Start the copies of what the walk back needs of a chunk of `now` tokens."""
-    fetch(keys.index(here), k, row, now * N)
-    fetch(queries, q, row, now)
-    fetch(asked, d_out, column, now)
-    fetch(high, X_hi + slot * 4096, 64, 64)
+    fetch(keys.index(here), k, row, now * N, EVEN)
+    fetch(queries, q, row, now, EVEN)
+    fetch(asked, d_out, column, now, EVEN)
+    fetch(high, X_hi + slot * 4096, 64, 64, True)
     if TERMS == 2:
-        fetch(low, X_lo + slot * 4096, 64, 64)
+        fetch(low, X_lo + slot * 4096, 64, 64, True)
     _fetch_vector(ws.index(here), scales + slot * 256)
     if GATE:
         _fetch_vector(g_his.index(here), G + slot * 128)
@@ -121,14 +125,35 @@ def _fetch_back(
 
 
 @gluon.jit
-def put(page, to, stride: gl.constexpr, alive, warps: gl.constexpr = 4):
-    """Store the rows before `alive` of a page of shared memory, `stride` apart."""
+def put(page, to, stride: gl.constexpr, alive, EVEN: gl.constexpr, warps: gl.constexpr = 4):
+    """Store the rows of a page of shared memory, `stride` apart; if not EVEN, only those before `alive`."""
     across: gl.constexpr = page.shape[1] // 8
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [warps, 1], [1, 0])
     i = gl.arange(0, page.shape[0], gl.SliceLayout(1, layout))
     d = gl.arange(0, page.shape[1], gl.SliceLayout(0, layout))
-    mask = (i < alive)[:, None] & (d >= 0)[None, :]
-    gl.store(to + ((i * stride)[:, None] + d[None, :]), page.load(layout), mask=mask)
+    pointers = to + ((i * stride)[:, None] + d[None, :])
+    if EVEN:
+        gl.store(pointers, page.load(layout))
+    else:
+        gl.store(pointers, page.load(layout), mask=(i < alive)[:, None] & (d >= 0)[None, :])
+
+
+@gluon.jit
+def _write_pages(pages, x):
+    """Write a [64 K] tile into pages of 64 columns of shared memory."""
+    if x.shape[1] == 64:
+        pages.index(0).store(x)
+    else:
+        a, b = gl.split(gl.permute(gl.reshape(x, [64, 2, 64]), [0, 2, 1]))
+        pages.index(0).store(a)
+        pages.index(1).store(b)
+
+
+@gluon.jit
+def _put_pages(pages, to, K: gl.constexpr):
+    """Store the [64 K] tile that lies in pages."""
+    for e in gl.static_range(K // 64):
+        put(pages.index(e), to + 64 * e, K, 64, True)
 
 
 @gluon.jit
@@ -137,7 +162,7 @@ def walk(
     T, scale,
     HK: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     N: gl.constexpr, C: gl.constexpr, BQ: gl.constexpr,
-    GATE: gl.constexpr, VARLEN: gl.constexpr, SAVE: gl.constexpr,
+    GATE: gl.constexpr, VARLEN: gl.constexpr, EVEN: gl.constexpr, SAVE: gl.constexpr,
     VALUES: gl.constexpr, OUTPUT: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
     """Walk over the chunks of one sequence and head, for 64 columns of the state, as `triton_forward.walk`."""
@@ -181,8 +206,9 @@ def walk(
     high = gl.allocate_shared_memory(B16, [64, 64], swizzled)
     low = gl.allocate_shared_memory(B16, [64, 64], swizzled)
     scores = gl.allocate_shared_memory(B16, [BQ, 64], swizzled)
-    page = gl.allocate_shared_memory(B16, [BQ, COLUMNS], swizzled)
-    page_F = gl.allocate_shared_memory(B16, [64, COLUMNS], swizzled)
+    pages = gl.allocate_shared_memory(B16, [2, 64, COLUMNS], swizzled)
+    page = pages.index(0).slice(0, BQ, 0)
+    page_F = pages.index(1)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ws = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
     rests = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
@@ -195,12 +221,11 @@ def walk(
     d = gl.arange(0, K, gl.SliceLayout(0, by_key))
     tile = (sh.to(gl.int64) * K + d[None, :]) * V + iv * COLUMNS + e[:, None]
     ST = gl.load(initial + tile)
-    keep = (iv * COLUMNS + e[:, None]) * K + d[None, :]
     jq = gl.arange(0, BQ, in_query)
 
     _fetch(
         k, q, v, X_hi, X_lo, scales, G, keys, queries, values, high, low, ws, rests, ns, g_his, g_los, q_his, q_los,
-        0, gl.minimum(total, C), slot, row, column, N, GATE, VALUES, OUTPUT, TERMS,
+        0, gl.minimum(total, C), slot, row, column, N, GATE, EVEN, VALUES, OUTPUT, TERMS,
     )  # fmt: skip
     for c in range(0, chunks):
         here = c % 2
@@ -217,7 +242,7 @@ def walk(
         s_hi = gl.convert_layout(s_hi, left, assert_trivial=True)
         s_lo = gl.convert_layout(s_lo, left, assert_trivial=True)
         if SAVE:
-            gl.store(saved + slot * K * V + keep, gl.convert_layout(s_hi, by_key, assert_trivial=True))
+            _write_pages(pages, gl.convert_layout(s_hi, by_key, assert_trivial=True))
         if OUTPUT:
             PT = warpgroup_mma_wait(0, deps=[PT])
         RT = gl.zeros([COLUMNS, 64], gl.float32, by_row)
@@ -272,9 +297,11 @@ def walk(
             _fetch(
                 k, q, v, X_hi, X_lo, scales, G, keys, queries, values, high, low, ws, rests, ns, g_his, g_los, q_his,
                 q_los, 1 - here, gl.minimum(total - (c + 1) * C, C), slot + HV, row, column, N,
-                GATE, VALUES, OUTPUT, TERMS,
+                GATE, EVEN, VALUES, OUTPUT, TERMS,
             )  # fmt: skip
         if SAVE:
+            _put_pages(pages, saved + slot * K * V + iv * COLUMNS * K, K)
+            barrier()
             page_F.permute((1, 0)).store(UT.to(B16))
         if TERMS == 2:  # the rounding of w is the same whenever a key recurs, so it would add up
             UT = UT * ws.index(here).load(in_row)[None, :] + UT * rests.index(here).load(in_row)[None, :]
@@ -302,10 +329,10 @@ def walk(
         ST = warpgroup_mma_wait(0, deps=[ST])
         barrier()  # pages are written
         if OUTPUT:
-            put(page, o, column, now)
+            put(page, o, column, now, EVEN)
             o += C * column
         if SAVE:
-            put(page_F, F, column, now * N)
+            put(page_F, F, column, now * N, EVEN)
             F += C * N * column
         slot += HV
     gl.store(final + tile, ST)
@@ -317,7 +344,7 @@ def walk_back(
     T, c_lo, c_hi, scale,
     HK: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     N: gl.constexpr, C: gl.constexpr, BQ: gl.constexpr,
-    GATE: gl.constexpr, VARLEN: gl.constexpr, OUTPUT: gl.constexpr, TERMS: gl.constexpr,
+    GATE: gl.constexpr, VARLEN: gl.constexpr, EVEN: gl.constexpr, OUTPUT: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
     """Walk back over the chunks [c_lo, c_hi) of a sequence and head, for 64 columns, as `triton_backward.walk_back`."""
     B16: gl.constexpr = gl.bfloat16
@@ -360,7 +387,7 @@ def walk_back(
     high = gl.allocate_shared_memory(B16, [64, 64], swizzled)
     low = gl.allocate_shared_memory(B16, [64, 64], swizzled)
     scores = gl.allocate_shared_memory(B16, [BQ, 64], swizzled)
-    page = gl.allocate_shared_memory(B16, [64, COLUMNS], swizzled)
+    pages = gl.allocate_shared_memory(B16, [K // 64, 64, COLUMNS], swizzled)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     ws = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
     g_his = gl.allocate_shared_memory(gl.float32, [2, 64], flat)
@@ -371,14 +398,13 @@ def walk_back(
     e = gl.arange(0, COLUMNS, gl.SliceLayout(1, by_key))
     d = gl.arange(0, K, gl.SliceLayout(0, by_key))
     tile = (sh.to(gl.int64) * K + d[None, :]) * V + iv * COLUMNS + e[:, None]
-    keep = (iv * COLUMNS + e[:, None]) * K + d[None, :]
     jq = gl.arange(0, BQ, in_query)
     # every adjoint is held divided by `scale`, so that dO enters the products as stored
     DT = gl.load(d_final + tile) / scale
     if stop > c_lo:
         _fetch_back(
             k, q, d_out, X_hi, X_lo, scales, G, keys, queries, asked, high, low, ws, g_his, g_los, q_his, q_los,
-            0, gl.minimum(total - (stop - 1) * C, C), slot, row, column, N, GATE, TERMS,
+            0, gl.minimum(total - (stop - 1) * C, C), slot, row, column, N, GATE, EVEN, TERMS,
         )  # fmt: skip
     for back in range(0, stop - c_lo):
         c = stop - 1 - back
@@ -405,10 +431,12 @@ def walk_back(
             ), 0.0))  # fmt: skip
         scores.permute((1, 0)).store(gl.where(see, PT, 0.0).to(B16))
         if OUTPUT:
-            gl.store(d_saved + slot * K * V + keep, (DT * scale).to(B16))
+            _write_pages(pages, (DT * scale).to(B16))
         reads = asked.permute((1, 0)).load(left)  # [V Q]
         fence_async_shared()
-        barrier()  # scores are written, the page is free
+        barrier()  # scores and the state are written
+        if OUTPUT:
+            _put_pages(pages, d_saved + slot * K * V + iv * COLUMNS * K, K)
 
         UT = gl.zeros([COLUMNS, 64], gl.float32, by_row)
         if TERMS == 2:
@@ -447,10 +475,10 @@ def walk_back(
             d_out -= C * column
             _fetch_back(
                 k, q, d_out, X_hi, X_lo, scales, G, keys, queries, asked, high, low, ws, g_his, g_los, q_his, q_los,
-                1 - here, C, slot - HV, row, column, N, GATE, TERMS,
+                1 - here, C, slot - HV, row, column, N, GATE, EVEN, TERMS,
             )  # fmt: skip
         if OUTPUT:
-            page.permute((1, 0)).store((ZT * scale).to(B16))
+            pages.index(0).permute((1, 0)).store((ZT * scale).to(B16))
         read = ws.index(here).load(in_row)
         if GATE:
             read *= exp(g_his.index(here).load(in_row))
@@ -463,7 +491,7 @@ def walk_back(
         DT = warpgroup_mma_wait(0, deps=[DT])
         barrier()  # the page is written
         if OUTPUT:
-            put(page, z, column, now * N)
+            put(pages.index(0), z, column, now * N, EVEN)
             z -= C * N * column
         slot -= HV
     gl.store(d_state + tile, DT * scale)
