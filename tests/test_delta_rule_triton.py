@@ -146,6 +146,16 @@ def test_small(name):
     check(draw(**SMALL[name]))
 
 
+@pytest.mark.parametrize("gate", ["", "decay", "key decay"])
+@pytest.mark.parametrize("K", [32, 128])
+def test_one_term_is_as_exact_as_bf16_products_are(gate, K):
+    x = draw(T=150, dtype=BF16, gate=gate, K=K, V=64, heads=(1, 2))
+    one, two = (with_grads(x, backend="triton", precision=p) for p in ("fast", "tracking"))
+    for name, value in two.items():
+        assert 0 <= error(one[name], value.cpu()) <= 0.03, name
+    assert error(one["state"], two["state"].cpu()) > 1e-4
+
+
 def test_a_key_decay_scaled_out_of_range_is_seen(monkeypatch):
     """Scale rows whose decays do not allow it, which overflows: the comparison must fail."""
     monkeypatch.setattr(key_kernels, "LIMIT", {True: 1e9, False: 1e9})

@@ -120,7 +120,8 @@ class Plan:
         sizes = self.T, low, high - low, self.HK, self.HV, self.K
         prepare[(slots * self.HV,)](
             k, beta, log_decay, work["X_hi"], work["X_lo"], work["scales"], work["G"], self.starts, self.slots,
-            *sizes, **self.shapes, **self.common, BACKWARD=backward, num_warps=4, num_stages=1, **registers,
+            *sizes, **self.shapes, **self.common, BACKWARD=backward, TERMS=terms,
+            num_warps=8 if self.common["EXACT"] else 4, num_stages=1, **registers,
         )  # fmt: skip
         return work
 

@@ -86,7 +86,7 @@ def prepare(
     k, beta, log_decay, X_hi, X_lo, scales, G, starts, slots,
     T, c_lo, n_chunks, HK, HV, K,
     N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    GATE: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr, BACKWARD: tl.constexpr,
+    GATE: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr, BACKWARD: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """Write one chunk's X (as two terms), p w, n / p, p times the rest of w, p, and the log decay (as two terms)."""
     slot = tl.program_id(0) // HV  # heads vary fastest: their rows are neighbours in memory
@@ -102,7 +102,10 @@ def prepare(
     p, squared = key_scales(kt.to(tl.float32))
     both = tl.load(beta + row * HV + h, mask=alive, other=0.0).to(tl.float64) / squared
     w = both.to(tl.float32)
-    A = dot(kt, tl.trans(kt), EXACT)
+    if EXACT:  # an error of w k.k recurs with its keys, and adds up
+        A = tl.dot(kt, tl.trans(kt), input_precision="ieee")
+    else:
+        A = tl.dot(kt, tl.trans(kt))
     if BACKWARD:
         A *= (w * p)[:, None] * p[None, :]
     else:
@@ -126,7 +129,7 @@ def prepare(
     hi, lo = split(X, EXACT)
     tile = out * 64 + i[:, None] * 64 + i[None, :]
     tl.store(X_hi + tile, hi)
-    if not EXACT:
+    if TERMS == 2 and not EXACT:
         tl.store(X_lo + tile, lo)
     tl.store(scales + out * 4 + i, w * p)
     tl.store(scales + out * 4 + 64 + i, tl.sqrt(squared.to(tl.float32)) / p)

@@ -1,13 +1,16 @@
-"""Every chunk's triangular inverse on Hopper GPUs, in Gluon: what `triton_forward.prepare` computes, in less time.
+"""The delta rule's chunk inverses on Hopper GPUs, in Gluon: what `triton_forward.prepare` computes, in less time.
 
-One warpgroup takes one chunk of one head. The squared lengths of the keys are summed in float64 while the tensor cores
-multiply the keys with each other. The inverse is by substitution in the four 16-row blocks, where a thread holds a
-column, and then joins blocks in pairs,
+One warpgroup takes one chunk of one head. With D the decays (1 without gates), p a power of two per row, n = |p k| and
+w = beta / n^2 it inverts
 
-    (I + [[A, 0], [B, D]])^-1 = [[P, 0], [-Q B P, Q]],   P = (I + A)^-1,  Q = (I + D)^-1,
+    M = diag(1/p) + strictly lower part of (k k^T * D) diag(w p)        (BACKWARD: diag(w p) (k k^T * D))
 
-with products in two bf16 terms, that of the low ones included: an error of X recurs with its keys, and adds up over a
-long sequence. Joins of 16 rows are each warp's own, that of 32 rows is the warpgroup's.
+so that M^-1 = (I + L diag(w))^-1 diag(p), and diag(p) (I + diag(w) L)^-1, with the L of triton_forward.py. Every warp
+inverts one 16-row block of the diagonal by substitution, a thread per row: rows 0 to 15 give the block's inverse, 16 to
+31 the product of the block below with it. Then blocks are joined in pairs, products in two bf16 terms, that of the low
+ones included: an error of X recurs with its keys, and adds up over a long sequence.
+
+    [[A, 0], [B, D]]^-1 = [[P, 0], [-Q (B P), Q]],   P = A^-1,  Q = D^-1
 
 Letters as in triton_forward.py.
 """
@@ -19,48 +22,69 @@ Letters as in triton_forward.py.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mma_v2,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from statetrack.ops.delta_rule.triton_hopper_walk import barrier, exp, fetch, put, split
 
 CUT = gl.constexpr(-1048576.0)  # as in triton_forward.py
+ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # [64 64], 16 rows per warp
+HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))  # [64 32]
+BLOCKS = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8]))  # [4 16 16], a block per warp
+LINES = gl.constexpr(  # [4 2 16 16], a row of 16 per thread
+    gl.DistributedLinearLayout(
+        [[0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 4], [0, 0, 0, 8]],
+        [[0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0], [0, 0, 8, 0], [0, 1, 0, 0]],
+        [[1, 0, 0, 0], [2, 0, 0, 0]],
+        [],
+        [4, 2, 16, 16],
+    )
+)
+EXCHANGE = gl.constexpr(  # [4 2 16 16] as [8 16 16]: four inverses, then what the pair's other block multiplied
+    gl.SharedLinearLayout(
+        [[0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 4], [0, 0, 0, 8]]
+        + [[0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 8], [0, 0, 8, 0]]
+        + [[1, 0, 0, 0], [2, 0, 0, 0], [1, 1, 0, 0]],
+    )
+)
+
+THREADS = gl.constexpr([[0, 32], [1, 0], [2, 0], [4, 0], [8, 0]])  # of a warp: two per row of keys, no bank twice
+WARPS = gl.constexpr([[16, 0], [32, 0]])
+COLUMNS = gl.constexpr([[0, 1], [0, 2], [0, 4], [0, 8], [0, 16]])
+ROWS_64 = gl.constexpr(gl.DistributedLinearLayout(COLUMNS.value, THREADS.value, WARPS.value, [], [64, 64]))
+ROWS_128 = gl.constexpr(
+    gl.DistributedLinearLayout([*COLUMNS.value, [0, 64]], THREADS.value, WARPS.value, [], [64, 128])
+)
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _pick(mask, yes, no):
+    """Return `yes` where the int16 mask is -1 and `no` where it is 0, for bf16 tiles."""
+    mask, yes = gl.broadcast(mask, yes)
+    return gl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, $2, $3, 0xca;", "=r,r,r,r", [mask, yes, no], dtype=gl.bfloat16, is_pure=True, pack=2
+    )
 
 
 @gluon.jit
 def _halves(x):
-    """Return the left and the right half of a [64 64] tile."""
-    return gl.split(gl.permute(gl.reshape(x, [64, 2, 32]), [0, 2, 1]))
+    """Return the left and the right half of a tile whose rows lie in one warp's registers, without moving anything."""
+    M: gl.constexpr = x.shape[0]
+    R: gl.constexpr = x.shape[1] // 2
+    return gl.permute(gl.reshape(x, [M, 2, R]), (0, 2, 1)).split()
 
 
 @gluon.jit
-def _whole(a, b):
-    """Return [a b] for two [64 32] tiles."""
-    return gl.reshape(gl.permute(gl.join(a, b), [0, 2, 1]), [64, 64])
-
-
-@gluon.jit
-def _load_pairs(blocks, layout: gl.constexpr):
-    """Return [2 2 16 16] blocks in shared memory as [4 16 16], or [2 1 16 16] ones twice each."""
-    pairs: gl.constexpr = gl.reshape(gl.zeros([4, 16, 16], gl.float32, layout), [2, 2, 16, 16]).type.layout
-    x = blocks.load(pairs)
-    x = gl.broadcast(x, gl.zeros([2, 2, 16, 16], gl.float32, pairs))[0]
-    return gl.convert_layout(gl.reshape(x, [4, 16, 16]), layout, assert_trivial=True)
-
-
-@gluon.jit
-def _multiply(a_hi, a_lo, b_hi, b_lo, layout: gl.constexpr):
-    """Return (a_hi + a_lo) (b_hi + b_lo) [4 16 16]."""
-    out = gl.zeros([4, 16, 16], gl.float32, layout)
-    out = mma_v2(a_lo, b_lo, out)
-    out = mma_v2(a_lo, b_hi, out)
-    out = mma_v2(a_hi, b_lo, out)
-    return mma_v2(a_hi, b_hi, out)
+def _side_by_side(left, right):
+    """Return [left right]."""
+    M: gl.constexpr = left.shape[0]
+    R: gl.constexpr = left.shape[1]
+    return gl.reshape(gl.permute(gl.join(left, right), (0, 2, 1)), [M, 2 * R])
 
 
 @gluon.jit
@@ -70,174 +94,226 @@ def prepare(
     HK: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, N: gl.constexpr, C: gl.constexpr,
     GATE: gl.constexpr, VARLEN: gl.constexpr, EVEN: gl.constexpr, BACKWARD: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
-    """Write one chunk's X, scales and running log decay, as `triton_forward.prepare`."""
+    """Write one chunk's X (M^-1), scales and running log decay, as `triton_forward.prepare`."""
     B16: gl.constexpr = gl.bfloat16
-    acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])  # [64 64]: a warp's 16 rows
-    thin: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])  # [64 32]
-    own: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8])  # [4 16 16]: a warp's block
-    lanes: gl.constexpr = gl.BlockedLayout([1, 16, 1], [2, 1, 16], [4, 1, 1], [1, 2, 0])  # a thread's column of 16 rows
-    lines: gl.constexpr = gl.BlockedLayout([1, 32], [16, 2], [4, 1], [1, 0])  # two threads a row
-    by_line: gl.constexpr = gl.SliceLayout(1, lines)
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    cube: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-
-    here = gl.program_id(0) // HV
+    F32: gl.constexpr = gl.float32
+    PAIR: gl.constexpr = ROWS_128 if K == 128 else ROWS_64
+    by_row: gl.constexpr = gl.SliceLayout(1, PAIR)
+    slot = gl.program_id(0) // HV  # heads vary fastest: their rows are neighbours in memory
     h = gl.program_id(0) % HV
     if VARLEN:
-        s = gl.load(slots + 2 * here)
-        c = gl.load(slots + 2 * here + 1)
-        begin = gl.load(starts + s)
-        total = gl.load(starts + s + 1) - begin
+        s = gl.load(slots + 2 * slot)
+        c = gl.load(slots + 2 * slot + 1)
+        first = gl.load(starts + s)
+        total = gl.load(starts + s + 1) - first
     else:
-        s = here // n_chunks
-        c = c_lo + here % n_chunks
-        begin = s * T
+        s = slot // n_chunks
+        c = c_lo + slot % n_chunks
+        first = s * T
         total = T
-    token = begin + c * C
-    tokens = gl.minimum(total - c * C, C)
-    rows = tokens * N
-    slot = here * HV + h
+    token = first + c * C
+    rows = gl.minimum(total - c * C, C) * N
 
-    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    key = gl.allocate_shared_memory(B16, [64, K], swizzled)
-    high = gl.allocate_shared_memory(B16, [64, 64], swizzled)
-    low = gl.allocate_shared_memory(B16, [64, 64], swizzled)
-    between_hi = gl.allocate_shared_memory(B16, [64, 32], gl.NVMMASharedLayout(64, 16, 2))
-    between_lo = gl.allocate_shared_memory(B16, [64, 32], gl.NVMMASharedLayout(64, 16, 2))
-    columns = gl.allocate_shared_memory(gl.float32, [16, 4, 16], cube)
-    inverses = gl.allocate_shared_memory(gl.float32, [2, 2, 16, 16], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))
-    ps = gl.allocate_shared_memory(gl.float32, [64], flat)
-    ws = gl.allocate_shared_memory(gl.float32, [64], flat)
     row = token.to(gl.int64) * N
-    fetch(key, k + (row * HK + h // (HV // HK)) * K, HK * K, rows, EVEN)
+    out = (slot.to(gl.int64) * HV + h) * 64
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    keys = gl.allocate_shared_memory(B16, [64, K], swizzled)
+    fetch(keys, k + (row * HK + h // (HV // HK)) * K, HK * K, rows, EVEN)
     async_copy.commit_group()
-    i = gl.arange(0, 64, by_line)
-    b = gl.load(beta + (row + i) * HV + h, mask=i < rows, other=0.0).to(gl.float64)
+    i = gl.arange(0, 64, by_row)
+    alive = i < rows
+    strength = gl.load(beta + (row * HV + h) + i * HV, mask=alive, other=0.0).to(gl.float64)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    if GATE:
+        line: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+        m = gl.arange(0, 64, line)
+        opens = (m < rows) & (m % N == 0)
+        g = gl.load(log_decay + (token.to(gl.int64) * HV + h) + m // N * HV, mask=opens, other=0.0).to(gl.float64)
+        g = gl.associative_scan(gl.maximum(g, CUT), 0, _add)
+        g_hi = g.to(F32)
+        g_lo = (g - g_hi.to(gl.float64)).to(F32)
+        gl.store(G + out * 2 + m, g_hi)
+        gl.store(G + out * 2 + 64 + m, g_lo)
+        g_his = gl.allocate_shared_memory(F32, [64], flat)
+        g_los = gl.allocate_shared_memory(F32, [64], flat)
+        g_his.store(g_hi)
+        g_los.store(g_lo)
     async_copy.wait_group(0)
     fence_async_shared()
     barrier()
-    A = gl.zeros([64, 64], gl.float32, acc)
-    A = warpgroup_mma(key, key.permute((1, 0)), A, use_acc=False, is_async=True)
-    squared = gl.zeros([64], gl.float64, by_line)
-    for e in gl.static_range(K // 64):
-        x = key.slice(64 * e, 64, 1).load(lines).to(gl.float32).to(gl.float64)
-        squared += gl.sum(x * x, 1)
+    A = gl.zeros([64, 64], F32, ACC)
+    A = warpgroup_mma(keys, keys.permute((1, 0)), A, use_acc=False, is_async=True)
+    kt = keys.load(PAIR).to(F32).to(gl.float64)
+    squared = gl.sum(kt * kt, 1)
     A = warpgroup_mma_wait(0, deps=[A])
 
-    # p brings a key's length near 1; both = beta / |p k|^2
-    exponent = ((squared.to(gl.int64, bitcast=True) >> 52) & 0x7FF).to(gl.int32) - 1023
-    zero = squared == 0.0
-    exponent = gl.where(zero, 0, gl.minimum(gl.maximum(exponent >> 1, -126), 126))
-    p = ((127 - exponent) << 23).to(gl.float32, bitcast=True)
-    inverse_p = ((127 + exponent) << 23).to(gl.float32, bitcast=True)
-    squared = gl.where(zero, 1.0, squared * p.to(gl.float64) * p.to(gl.float64))
-    both = b / squared
-    w = both.to(gl.float32)
-    to = scales + slot.to(gl.int64) * 256
-    n = gl.where(i < rows, gl.sqrt(squared.to(gl.float32)) * inverse_p, 0.0)
-    gl.store(to + i, w * p)
-    gl.store(to + 64 + i, n)
-    gl.store(to + 128 + i, (both - w.to(gl.float64)).to(gl.float32) * p)
-    gl.store(to + 192 + i, p)
-    ps.store(p)
-    ws.store(w * p)
-    r = gl.arange(0, 64, gl.SliceLayout(1, acc))[:, None]
-    j = gl.arange(0, 64, gl.SliceLayout(0, acc))[None, :]
-    row_p = ps.load(gl.SliceLayout(1, acc))[:, None]
-    column_p = ps.load(gl.SliceLayout(0, acc))[None, :]
-    if BACKWARD:
-        A *= ws.load(gl.SliceLayout(1, acc))[:, None] * column_p
-    else:
-        A *= ws.load(gl.SliceLayout(0, acc))[None, :] * column_p
     if GATE:
-        first = (i < rows) & (i % N == 0)
-        g = gl.load(log_decay + (token.to(gl.int64) + i // N) * HV + h, mask=first, other=0.0).to(gl.float32)
-        barrier()
-        ps.store(gl.maximum(g, CUT))
-        by_column: gl.constexpr = gl.SliceLayout(0, lines)
-        earlier = gl.arange(0, 64, by_column)[None, :] <= i[:, None]
-        g = gl.sum(gl.where(earlier, ps.load(by_column)[None, :], 0.0).to(gl.float64), 1)
-        g_hi = g.to(gl.float32)
-        g_lo = (g - g_hi.to(gl.float64)).to(gl.float32)
-        to = G + slot.to(gl.int64) * 128
-        gl.store(to + i, g_hi)
-        gl.store(to + 64 + i, g_lo)
-        barrier()
-        ps.store(g_hi)
-        ws.store(g_lo)
-        from_hi, from_lo = ps.load(gl.SliceLayout(0, acc))[None, :], ws.load(gl.SliceLayout(0, acc))[None, :]
-        g_hi, g_lo = ps.load(gl.SliceLayout(1, acc))[:, None], ws.load(gl.SliceLayout(1, acc))[:, None]
-        A *= exp(gl.where(r > j, (g_hi - from_hi) + (g_lo - from_lo), 0.0))
+        down: gl.constexpr = gl.SliceLayout(1, ACC)
+        across: gl.constexpr = gl.SliceLayout(0, ACC)
+        apart = g_his.load(down)[:, None] - g_his.load(across)[None, :]
+        apart += g_los.load(down)[:, None] - g_los.load(across)[None, :]
+        A *= exp(-gl.abs(apart))
 
-    # 16 rows: substitution, column by column of the blocks on the diagonal
-    tiles = gl.reshape(gl.where((r > j) & (r // 16 == j // 16), A, 0.0), [4, 16, 4, 16])
-    by_tile: gl.constexpr = tiles.type.layout
-    columns.store(gl.permute(gl.sum(tiles, 2), [2, 0, 1]))
-    line = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, lanes)))[None, :, None]
-    lane = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(1, lanes)))[None, None, :]
-    inv = gl.zeros([4, 16, 16], gl.float32, lanes) + gl.where(line == lane, 1.0, 0.0)
-    for e in gl.static_range(15):
-        known = gl.sum(gl.where(line == e, inv, -0.0), 1)  # row e
-        inv -= columns.slice(e, 1, 0).permute((1, 2, 0)).load(lanes) * known[:, None, :]
-    inverses.store(gl.reshape(inv, [2, 2, 16, 16]))
+    # per row: p, n^2 and w
+    zero = squared == 0.0
+    e = (((squared.to(gl.int64, bitcast=True) >> 32).to(gl.int32) >> 20) - 1023) >> 1  # |k| is 2^e to 2^(e+1)
+    e = gl.where(zero, 0, gl.minimum(gl.maximum(e, -125), 126))
+    p = ((127 - e) << 23).to(F32, bitcast=True)
+    back = ((127 + e) << 23).to(F32, bitcast=True)  # 1 / p
+    p2 = p.to(gl.float64)
+    squared = gl.where(zero, 1.0, squared * p2 * p2)
+    near = squared.to(F32)
+    inverse = (1.0 / near).to(gl.float64)
+    inverse += inverse * (1.0 - squared * inverse)
+    inverse += inverse * (1.0 - squared * inverse)
+    both = strength * inverse
+    w = both.to(F32)
+    n = gl.where(alive, gl.sqrt(near), 0.0)
+    wp = w * p
+    at = scales + out * 4 + i
+    gl.store(at, wp)
+    gl.store(at + 64, n * back)
+    gl.store(at + 128, (both - w.to(gl.float64)).to(F32) * p)
+    gl.store(at + 192, p)
+    ps = gl.allocate_shared_memory(F32, [64], flat)
+    ws = gl.allocate_shared_memory(F32, [64], flat)
+    ps.store(p)
+    ws.store(-wp)
+    if BACKWARD:  # read 16 rows further on
+        ws_on = gl.allocate_shared_memory(F32, [128], flat)
+        ws_on.slice(0, 64).store(-wp)
 
-    # 32 rows: every warp joins its block to the first of the pair (of which only the second's is kept)
-    left: gl.constexpr = gl.DotOperandLayout(0, own, 2)
-    right: gl.constexpr = gl.DotOperandLayout(1, own, 2)
-    tiles = gl.reshape(gl.where(r // 16 == j // 16 + 1, A, 0.0), [4, 16, 4, 16])
-    b_hi, b_lo = split(gl.convert_layout(gl.sum(tiles, 2), left))
-    p_hi, p_lo = split(_load_pairs(inverses.slice(0, 1, 1), right))
-    q_hi, q_lo = split(_load_pairs(inverses, left))
-    t_hi, t_lo = split(_multiply(b_hi, b_lo, p_hi, p_lo, own))
-    joined = _multiply(q_hi, q_lo, gl.convert_layout(t_hi, right), gl.convert_layout(t_lo, right), own)
-    same = _load_pairs(inverses, own)
-    spread: gl.constexpr = gl.SliceLayout(2, by_tile)
-    same = gl.convert_layout(same, spread)[:, :, None, :] + gl.zeros([4, 16, 4, 16], gl.float32, by_tile)
-    joined = gl.convert_layout(joined, spread)[:, :, None, :] + gl.zeros([4, 16, 4, 16], gl.float32, by_tile)
-    same = gl.convert_layout(gl.reshape(same, [64, 64]), acc)
-    joined = gl.convert_layout(gl.reshape(joined, [64, 64]), acc)
-    pair = (r // 16 == j // 16 + 1) & (r % 32 >= 16)
-    X = gl.where(r // 16 == j // 16, same, gl.where(pair, -joined, 0.0))
+    # what substitution reads: row j of a diagonal block, and the block below it
+    wide: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    crossed: gl.constexpr = gl.SwizzledSharedLayout(4, 2, 4, [2, 1, 0])
+    diagonal = gl.allocate_shared_memory(F32, [16, 4, 16], wide)
+    below = gl.allocate_shared_memory(F32, [4, 16, 16], crossed)
+    up = (gl.arange(0, 64, gl.SliceLayout(1, HALF)) < 32)[:, None]
+    left, right = _halves(A)
+    left = gl.convert_layout(left, HALF, assert_trivial=True)
+    right = gl.convert_layout(right, HALF, assert_trivial=True)
+    n0, n1 = _halves(gl.where(up, left, right))
+    own: gl.constexpr = n0.type.layout
+    odd = (gl.arange(0, 64, gl.SliceLayout(1, own)) // 16 % 2 == 1)[:, None]
+    diagonal.permute((1, 0, 2)).store(gl.reshape(gl.where(odd, n1, n0), [4, 16, 16]))
+    below.permute((0, 2, 1)).store(gl.reshape(n1, [4, 16, 16]))
+    barrier()
 
-    # 64 rows
-    x_hi, x_lo = split(X)
-    high.store(x_hi)
-    low.store(x_lo)
-    operand: gl.constexpr = gl.DotOperandLayout(0, acc, 2)
-    below, rest = _halves(A)
-    b_hi, b_lo = split(gl.convert_layout(below, operand))
+    # substitution, from the last column to the first
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    vector: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LINES))
+    j = gl.arange(0, 16, gl.SliceLayout(0, vector))[None, :][:, None, None, :]
+    per_row: gl.constexpr = gl.SliceLayout(3, LINES)
+    kind = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, per_row)))[None, :][:, :, None][:, :, :, None]
+    r = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(1, per_row)))[None, :][:, None, :][:, :, :, None]
+    p_j = ps.reshape([4, 16]).load(vector)[:, None, None, :]
+    w_j = ws.reshape([4, 16]).load(vector)[:, None, None, :]
+    rest = below.load(gl.SliceLayout(1, LINES))[:, None, :, :]
+    unit = (kind == 0) & (r == j)
+    if BACKWARD:
+        on = ws_on._reinterpret(F32, [8, 16], flat).index(1)._reinterpret(F32, [4, 16], plain)
+        w_r = on.load(gl.SliceLayout(1, per_row))
+        rest = gl.where(kind == 1, rest * w_r[:, None, :, None], 0.0)
+        rest = gl.where(unit, 1.0, rest)
+    else:
+        rest = gl.where(kind == 1, rest, 0.0)
+        start = gl.where(unit, p_j, 0.0)
+        step = p_j * w_j
+    lines_of = diagonal._reinterpret(F32, [16, 4, 16], plain)
+    z = gl.zeros([4, 2, 16, 16], F32, LINES)
+    for back_j in gl.static_range(16):
+        if BACKWARD:
+            found = rest * p_j
+            write = found * w_j
+        else:
+            found = start + rest * step
+            write = found
+        z = gl.where(j == 15 - back_j, found, z)
+        if back_j < 15:
+            write = gl.where(j == 15 - back_j, write.to(gl.int32, bitcast=True), 0)  # one register: adding 0 is nothing
+            write = gl.sum(write, 3).to(F32, bitcast=True)
+            rest += write[:, :, :, None] * lines_of.index(15 - back_j).load(vector)[:, None, None, :]
+
+    # blocks of 32
+    lines: gl.constexpr = gl.SwizzledSharedLayout(8, 4, 2, [2, 1, 0])
+    hi_s = gl.allocate_shared_memory(B16, [4, 2, 16, 16], EXCHANGE)
+    lo_s = gl.allocate_shared_memory(B16, [4, 2, 16, 16], EXCHANGE)
+    z_hi, z_lo = split(z)
+    hi_s.store(z_hi)
+    lo_s.store(z_lo)
+    barrier()
+    hi_s = hi_s._reinterpret(B16, [8, 16, 16], lines)
+    lo_s = lo_s._reinterpret(B16, [8, 16, 16], lines)
+    a: gl.constexpr = gl.DotOperandLayout(0, BLOCKS, 2)
+    b: gl.constexpr = gl.DotOperandLayout(1, BLOCKS, 2)
+    i_hi, i_lo = hi_s.slice(0, 4).load(a), lo_s.slice(0, 4).load(a)
+    e_hi, e_lo = hi_s.slice(4, 4).load(b), lo_s.slice(4, 4).load(b)
+    D = mma_v2(i_lo, e_lo, gl.zeros([4, 16, 16], F32, BLOCKS))
+    D = mma_v2(i_lo, e_hi, D)
+    D = mma_v2(i_hi, e_lo, D)
+    D = mma_v2(i_hi, e_hi, D)
+    d_hi, d_lo = split(D)
+    i_hi = gl.convert_layout(i_hi, BLOCKS, assert_trivial=True)
+    i_lo = gl.convert_layout(i_lo, BLOCKS, assert_trivial=True)
+    second = -(gl.arange(0, 4, gl.SliceLayout(1, gl.SliceLayout(2, BLOCKS))) % 2).to(gl.int16)[:, None, None]
+    near_hi = _near(second, d_hi, i_hi)
+    near_lo = _near(second, d_lo, i_lo)
+    top = -(gl.arange(0, 64, gl.SliceLayout(1, HALF)) // 32 ^ 1).to(gl.int16)[:, None]
+
+    # blocks of 64
+    rows64: gl.constexpr = gl.NVMMASharedLayout(64, 16, 2)
+    near_his = gl.allocate_shared_memory(B16, [64, 32], rows64)
+    near_los = gl.allocate_shared_memory(B16, [64, 32], rows64)
+    near_his.store(near_hi)
+    near_los.store(near_lo)
+    if BACKWARD:
+        left *= ws.load(gl.SliceLayout(1, HALF))[:, None]
+    else:
+        left *= ws.slice(0, 32).load(gl.SliceLayout(0, HALF))[None, :]
+    operand: gl.constexpr = gl.DotOperandLayout(0, HALF, 2)
+    f_hi, f_lo = split(left)
+    f_hi = gl.convert_layout(f_hi, operand, assert_trivial=True)
+    f_lo = gl.convert_layout(f_lo, operand, assert_trivial=True)
     fence_async_shared()
     barrier()
-    Y = gl.zeros([64, 64], gl.float32, acc)
-    Y = warpgroup_mma(b_lo, low.slice(0, 32, 0), Y, use_acc=False, is_async=True)
-    Y = warpgroup_mma(b_lo, high.slice(0, 32, 0), Y, is_async=True)
-    Y = warpgroup_mma(b_hi, low.slice(0, 32, 0), Y, is_async=True)
-    Y = warpgroup_mma(b_hi, high.slice(0, 32, 0), Y, is_async=True)
+    Y = gl.zeros([64, 32], F32, HALF)
+    Y = warpgroup_mma(f_lo, near_los.slice(0, 32), Y, use_acc=False, is_async=True)
+    Y = warpgroup_mma(f_lo, near_his.slice(0, 32), Y, is_async=True)
+    Y = warpgroup_mma(f_hi, near_los.slice(0, 32), Y, is_async=True)
+    Y = warpgroup_mma(f_hi, near_his.slice(0, 32), Y, is_async=True)
     Y = warpgroup_mma_wait(0, deps=[Y])
-    t, rest = _halves(Y)
-    t_hi, t_lo = split(t)
-    between_hi.store(t_hi)
-    between_lo.store(t_lo)
-    rest, q_hi = _halves(x_hi)
-    rest, q_lo = _halves(x_lo)
-    operand_t: gl.constexpr = gl.DotOperandLayout(0, thin, 2)
-    q_hi = gl.convert_layout(q_hi, operand_t)
-    q_lo = gl.convert_layout(q_lo, operand_t)
+    y_hi, y_lo = split(Y)
+    t_his = gl.allocate_shared_memory(B16, [64, 32], rows64)
+    t_los = gl.allocate_shared_memory(B16, [64, 32], rows64)
+    t_his.store(y_hi)
+    t_los.store(y_lo)
     fence_async_shared()
     barrier()
-    Z = gl.zeros([64, 32], gl.float32, thin)
-    Z = warpgroup_mma(q_lo, between_lo.slice(32, 32, 0), Z, use_acc=False, is_async=True)
-    Z = warpgroup_mma(q_lo, between_hi.slice(32, 32, 0), Z, is_async=True)
-    Z = warpgroup_mma(q_hi, between_lo.slice(32, 32, 0), Z, is_async=True)
-    Z = warpgroup_mma(q_hi, between_hi.slice(32, 32, 0), Z, is_async=True)
-    Z = warpgroup_mma_wait(0, deps=[Z])
-    Z = gl.convert_layout(_whole(Z, Z), acc)
-    corner = (r >= 32) & (j < 32)
-    X = gl.where(corner, -Z, X) * row_p
-    x_hi, x_lo = split(X)
-    high.store(x_hi)
-    low.store(x_lo)
-    barrier()
-    put(high, X_hi + slot.to(gl.int64) * 4096, 64, 64, True)
+    n_hi = gl.convert_layout(near_hi, operand, assert_trivial=True)
+    n_lo = gl.convert_layout(near_lo, operand, assert_trivial=True)
+    Y = gl.zeros([64, 32], F32, HALF)
+    Y = warpgroup_mma(n_lo, t_los.slice(32, 32), Y, use_acc=False, is_async=True)
+    Y = warpgroup_mma(n_lo, t_his.slice(32, 32), Y, is_async=True)
+    Y = warpgroup_mma(n_hi, t_los.slice(32, 32), Y, is_async=True)
+    Y = warpgroup_mma(n_hi, t_his.slice(32, 32), Y, is_async=True)
+    Y = warpgroup_mma_wait(0, deps=[Y])
+    y_hi, y_lo = split(Y)
+    high = gl.allocate_shared_memory(B16, [64, 64], swizzled)
+    nothing = gl.zeros([64, 32], B16, HALF)
+    high.store(_side_by_side(_pick(top, near_hi, y_hi), _pick(top, nothing, near_hi)))
     if TERMS == 2:
-        put(low, X_lo + slot.to(gl.int64) * 4096, 64, 64, True)
+        low = gl.allocate_shared_memory(B16, [64, 64], swizzled)
+        low.store(_side_by_side(_pick(top, near_lo, y_lo), _pick(top, nothing, near_lo)))
+    barrier()
+    put(high, X_hi + out * 64, 64, 64, True)
+    if TERMS == 2:
+        put(low, X_lo + out * 64, 64, 64, True)
+
+
+@gluon.jit
+def _near(second, below, own):
+    """Return a warp's 16 rows of its block of 32: [own 0] in the block's first warp, [below own] in its second."""
+    left = _pick(second, below, own)
+    right = _pick(second, own, gl.zeros_like(own))
+    both = gl.reshape(gl.permute(gl.join(left, right), (0, 1, 3, 2)), [64, 32])
+    return gl.convert_layout(both, HALF, assert_trivial=True)

@@ -53,7 +53,7 @@ def exp(x):
 
 @gluon.jit
 def fetch(tile, source, stride: gl.constexpr, alive, EVEN: gl.constexpr, warps: gl.constexpr = 4):
-    """Start the copy of rows `stride` apart into a bf16 tile of shared memory; if not EVEN, those from `alive` are 0."""
+    """Start the copy of rows `stride` apart into a bf16 tile; if not EVEN, those from `alive` on become 0."""
     across: gl.constexpr = tile.shape[1] // 8
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [warps, 1], [1, 0])
     i = gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout))
