@@ -87,14 +87,14 @@ def delta_inputs(
     return make
 
 
-def scan_inputs(D: int = 6, M: int = 3, skip: bool = True) -> Make:
+def scan_inputs(D: int = 6, M: int = 3, skip: bool = True, gate: bool = False) -> Make:
     """Draw arguments of `selective_scan`."""
 
     def make(g: torch.Generator, B: int, T: int) -> dict[str, Any]:
         normal, _ = draws(g)
         x = {"u": normal(B, T, D), "dt": normal(B, T, D).exp(), "A": -normal(D, M).exp()}
         x |= {"B": normal(B, T, M), "C": normal(B, T, M), "initial_state": normal(B, D, M)}
-        return x | {"D": normal(D)} if skip else x
+        return x | ({"D": normal(D)} if skip else {}) | ({"z": normal(B, T, D)} if gate else {})
 
     return make
 
@@ -148,7 +148,7 @@ def dplr_inputs(
 
 
 DELTA = ("q", "k", "v", "beta", "log_decay")
-SCAN = ("u", "dt", "B", "C")
+SCAN = ("u", "dt", "B", "C", "z")
 ATTENTION = ("q", "k", "v", "decay")
 DPLR = ("q", "k", "v", "a", "b", "log_decay")
 
@@ -167,7 +167,7 @@ OPS = [
     OpCase("delta-hard-key-decay", delta_rule, delta_inputs(N=2, decay="key", hard=True), DELTA),
     OpCase("delta-scale", delta_rule, delta_inputs(K=2, V=1), DELTA, {"scale": 0.7}),
     OpCase("scan-[-1,1]", selective_scan, scan_inputs(), SCAN, {"eigenvalues": (-1.0, 1.0)}, CPU),
-    OpCase("scan-[0,1]", selective_scan, scan_inputs(), SCAN, {"eigenvalues": (0.0, 1.0)}, CPU),
+    OpCase("scan-[0,1]", selective_scan, scan_inputs(gate=True), SCAN, {"eigenvalues": (0.0, 1.0)}, CPU),
     OpCase("scan-[-0.5,0.25]", selective_scan, scan_inputs(D=70, skip=False), SCAN, {"eigenvalues": (-0.5, 0.25)}, CPU),
     OpCase("attention-head-decay", gated_linear_attention, attention_inputs(), ATTENTION),
     OpCase("attention-key-decay", gated_linear_attention, attention_inputs(K=20, decay="key"), ATTENTION),

@@ -14,7 +14,8 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any test imports triton
 if find_spec("triton") is None:
-    collect_ignore = ["test_delta_rule_triton.py", "test_gated_linear_attention_triton.py"]
+    ops = "delta_rule", "gated_linear_attention", "selective_scan"
+    collect_ignore = [f"test_{op}_triton.py" for op in ops]
 
 
 class AsWritten(PathFinder):

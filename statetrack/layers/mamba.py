@@ -103,8 +103,8 @@ class Mamba(nn.Module):
 
     def op_inputs(self, x: Float[Tensor, "B T _"]) -> dict[str, Any]:
         """Return the tensors that `selective_scan` gets for x as a whole sequence."""
-        u = self.in_proj(x).chunk(2, dim=-1)[0]
-        return self._op_inputs(u, None, None)[0]
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        return self._op_inputs(u, None, None)[0] | {"z": z}
 
     def forward(
         self, x: Float[Tensor, "B T _"], state: MambaState | None = None, packing: Packing | None = None
@@ -115,12 +115,13 @@ class Mamba(nn.Module):
         inputs, conv = self._op_inputs(u, conv, packing)
         y, memory = selective_scan(
             **inputs,
+            z=z,
             eigenvalues=self.config.eigenvalues,
             initial_state=memory,
             cu_seqlens=offsets(packing),
             backend=self.config.backend,
         )
-        return self.out_proj(y * F.silu(z)), MambaState(conv, memory)
+        return self.out_proj(y), MambaState(conv, memory)
 
     def _op_inputs(
         self, u: Tensor, conv: Tensor | None, packing: Packing | None
