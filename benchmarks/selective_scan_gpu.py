@@ -13,7 +13,7 @@ included; the error is the largest of output and gradients, relative in norm, ag
 (512 channels, 4096 tokens of one sequence).
 
 A variant is a row of its own: constants of `ops/selective_scan/triton.py` set otherwise, a number, or a schedule for
-every size as TOK,CH,WD,LT,DL (see there). --variants takes a list of likely ones.
+every size as TOK,CH,WD,LT,DL,REGS (see there). --variants takes a list of likely ones.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ VARIANTS = {
         "FORWARD=16,1,1,1,32",
         "FORWARD=16,1,1,2,16",
         "FORWARD=8,2,1,2,16",
+        "KEEPING=16,2,1,1,32;BACKWARD=8,2,4,4,8,168",
+        "KEEPING=16,2,1,1,32;BACKWARD=4,2,4,4,8",
         "KEEPING=8,2,1,4,8;BACKWARD=8,2,2,4,8",
         "KEEPING=8,2,1,4,8;BACKWARD=8,2,8,4,8",
         "KEEPING=16,2,1,1,32;BACKWARD=4,4,4,4,8",
@@ -51,6 +53,7 @@ VARIANTS = {
         "FORWARD=16,2,1,32,4",
         "FORWARD=16,2,1,8,8",
         "KEEPING=8,2,1,16,8;BACKWARD=8,2,1,16,8",
+        "KEEPING=8,2,1,16,8;BACKWARD=8,2,2,16,8,168",
         "KEEPING=8,2,1,8,8;BACKWARD=8,2,4,8,8",
         "FORWARD=16,2,1,1,32;KEEPING=16,2,1,1,32;BACKWARD=8,2,4,4,8",
     ],

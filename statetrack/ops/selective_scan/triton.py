@@ -32,13 +32,17 @@ from statetrack.ops.selective_scan.triton_kernels import forward, pack, step, un
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many tokens and channels a thread takes, and how the threads of a program lie (see triton_kernels.py)."""
+    """How many tokens and channels a thread takes, how the threads of a program lie (see triton_kernels.py).
+
+    REGS limits a thread's registers, so that more threads fit; 0 does not.
+    """
 
     TOK: int
     CH: int
     WD: int
     LT: int
     DL: int
+    REGS: int = 0
 
     @property
     def tile(self) -> int:
@@ -124,7 +128,8 @@ class _Plan:
         """Return the compile-time choices of `forward` or `backward`."""
         full = not self.varlen and self.T % schedule.tile == 0 and self.D % schedule.channels == 0
         threads = {"TOK": schedule.TOK, "CH": schedule.CH, "WD": schedule.WD, "LT": schedule.LT, "DL": schedule.DL}
-        return threads | {"WHOLE": hi == 1, "FULL": full, "VARLEN": self.varlen, "num_warps": schedule.warps}
+        limit = {"maxnreg": schedule.REGS} if schedule.REGS else {}
+        return threads | limit | {"WHOLE": hi == 1, "FULL": full, "VARLEN": self.varlen, "num_warps": schedule.warps}
 
     def pack(self, schedule: Schedule, B: Tensor, C: Tensor) -> Tensor:
         """Return B and C of every tile."""

@@ -83,17 +83,17 @@ def backward(
         ys = ()
         for i in tl.static_range(TOK):
             for j in tl.static_range(CH):
-                at = (place * TOK + i) * D + (d + j * DL)
+                at = (place * TOK + i) * D + d
                 known = (i < left) & (d + j * DL < D)
-                delta = fetch(dt_rows + at, known, FULL)
-                grad = fetch(dy_rows + at, known, FULL)
+                delta = fetch(dt_rows + at + j * DL, known, FULL)
+                grad = fetch(dy_rows + at + j * DL, known, FULL)
                 if z is not None:
-                    gate = fetch(z_rows + at, known, FULL)
+                    gate = fetch(z_rows + at + j * DL, known, FULL)
                     grad *= gate * sigmoid(gate)
                 dts = dts + (delta,)
                 dys = dys + (grad,)
                 if OUTPUT:
-                    value = fetch(u_rows + at, known, FULL)
+                    value = fetch(u_rows + at + j * DL, known, FULL)
                     xs = xs + (delta * value,)
                     ys = ys + (skips[j] * value,)
                     d_xs = d_xs + (tl.zeros((N,), tl.float32),)
@@ -180,20 +180,20 @@ def backward(
             for j in tl.static_range(CH):
                 d_one = d_skips[j]
                 for i in tl.static_range(TOK):
-                    at = (place * TOK + i) * D + (d + j * DL)
+                    at = (place * TOK + i) * D + d
                     known = (i < left) & (d + j * DL < D)
-                    value = fetch(u_rows + at, known, FULL)
+                    value = fetch(u_rows + at + j * DL, known, FULL)
                     grad = dys[i * CH + j]
                     d_one += grad * value
                     d_x = d_xs[i * CH + j]
-                    put(du_rows + at, d_x * dts[i * CH + j] + grad * skips[j], known, FULL)
+                    put(du_rows + at + j * DL, d_x * dts[i * CH + j] + grad * skips[j], known, FULL)
                     slope = d_dts[i * CH + j] * (width * 0.6931471805599453)
-                    put(d_dt_rows + at, d_x * value + slope, known, FULL)
+                    put(d_dt_rows + at + j * DL, d_x * value + slope, known, FULL)
                     if z is not None:
-                        gate = fetch(z_rows + at, known, FULL)
+                        gate = fetch(z_rows + at + j * DL, known, FULL)
                         open = sigmoid(gate)
-                        d_gate = fetch(dy_rows + at, known, FULL) * ys[i * CH + j]
-                        put(dz_rows + at, d_gate * open * (1 + gate * (1 - open)), known, FULL)
+                        d_gate = fetch(dy_rows + at + j * DL, known, FULL) * ys[i * CH + j]
+                        put(dz_rows + at + j * DL, d_gate * open * (1 + gate * (1 - open)), known, FULL)
                 new_d_skips = new_d_skips + (d_one,)
             d_skips = new_d_skips
         tl.debug_barrier()

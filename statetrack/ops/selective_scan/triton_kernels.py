@@ -200,10 +200,10 @@ def forward(
         ys = ()
         for i in tl.static_range(TOK):
             for j in tl.static_range(CH):
-                at = (place * TOK + i) * D + (d + j * DL)
+                at = (place * TOK + i) * D + d
                 known = (i < left) & (d + j * DL < D)
-                step = fetch(dt_rows + at, known, FULL)
-                value = fetch(u_rows + at, known, FULL)
+                step = fetch(dt_rows + at + j * DL, known, FULL)
+                value = fetch(u_rows + at + j * DL, known, FULL)
                 dts = dts + (step,)
                 xs = xs + (step * value,)
                 ys = ys + (skips[j] * value,)
@@ -258,13 +258,13 @@ def forward(
                 z_rows = z + rows
             for i in tl.static_range(TOK):
                 for j in tl.static_range(CH):
-                    at = (place * TOK + i) * D + (d + j * DL)
+                    at = (place * TOK + i) * D + d
                     known = (i < left) & (d + j * DL < D)
                     out = ys[i * CH + j]
                     if z is not None:
-                        gate = fetch(z_rows + at, known, FULL)
+                        gate = fetch(z_rows + at + j * DL, known, FULL)
                         out *= gate * sigmoid(gate)
-                    put(y_rows + at, out, known, FULL)
+                    put(y_rows + at + j * DL, out, known, FULL)
         tl.debug_barrier()
 
 
