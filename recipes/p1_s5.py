@@ -13,7 +13,7 @@ from functools import partial
 
 from statetrack.layers import DeltaProductConfig, MambaConfig, MixerConfig
 from statetrack.model import Config
-from statetrack.reproduce import Cell
+from statetrack.results import Cell
 from statetrack.tasks import get_task
 from statetrack.train import Settings
 

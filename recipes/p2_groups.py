@@ -12,7 +12,7 @@ from functools import partial
 
 from statetrack.layers import DeltaProductConfig
 from statetrack.model import Config
-from statetrack.reproduce import Cell
+from statetrack.results import Cell
 from statetrack.tasks import get_task
 from statetrack.train import Settings
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import re
 import signal
@@ -161,6 +162,12 @@ class ReproduceArguments:
     """a small setting of ours, minutes instead of hours; the table says so"""
     list: bool = False
     """print the cells and their cost, run nothing"""
+    jobs: int = 1
+    """runs at the same time, each in a process of its own; small models leave room on a GPU for several"""
+    minutes: float = math.inf
+    """save and stop after so many minutes; the same command goes on"""
+    from_results: bool = False
+    """train nothing; draw table and figure anew from the results in --out"""
     device: Device = "auto"
     """cpu, cuda, or auto: a GPU where there is one"""
     out: Path = Path("runs/reproduce")

@@ -6,14 +6,9 @@ and asked at lengths 40 to 256 (Grazzi et al., arXiv 2411.12537, Figure 1 and Ta
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import shutil
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +22,8 @@ from statetrack.plots import accuracy_by_length
 from statetrack.progress import Bars
 from statetrack.runs import write_json
 from statetrack.tasks import get_task
-from statetrack.train import Interrupted, Settings, train
+from statetrack.train import Settings, train
+from statetrack.workers import Tell, side_by_side
 
 LENGTHS = (3, 8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 224, 256)
 MIXERS = ("deltanet", "mamba")
@@ -70,89 +66,29 @@ def demo(
 
 
 def _run_all(jobs: dict[Job, Settings], out: Path, workers: int, sequences: int) -> dict[Job, dict[str, Any]]:
-    """Run every job in its own process, `workers` at a time; stop them all if one fails or the user interrupts."""
-    context = multiprocessing.get_context("spawn")
-    waiting, results = list(jobs), {}
-    running: dict[Job, tuple[Any, Connection]] = {}
-    try:
-        with Bars() as bars:
-            for job, settings in jobs.items():
-                bars.update(" ".join(job), 0, settings.steps, "waiting")
-            while waiting or running:
-                while waiting and len(running) < workers:
-                    job = waiting.pop(0)
-                    reader, writer = context.Pipe(duplex=False)  # of its own: whoever is stopped holds up no other
-                    process = context.Process(target=_work, args=(job, jobs[job], out, sequences, writer), daemon=True)
-                    with _interrupts_held():
-                        process.start()
-                    writer.close()
-                    running[job] = process, reader
-                ready = set(wait([reader for _, reader in running.values()]))
-                for job, (process, reader) in list(running.items()):
-                    if reader not in ready:
-                        continue
-                    kind, data = _receive(job, process, reader)
-                    if kind == "progress":
-                        bars.update(" ".join(job), *data)
-                    elif kind == "done":
-                        results[job] = data
-                        del running[job]
-                        process.join()
-                    else:
-                        raise UsageError(f"{' '.join(job)}: {data}")
-    finally:
-        for process, _ in running.values():
-            process.terminate()
-        for process, _ in running.values():
-            process.join()
-    return results
+    """Run every job in its own process, `workers` at a time."""
+    names = {" ".join(job): job for job in jobs}
+    work = {name: (jobs[job], out / f"{job[0]}_{FOLDERS[job[1]]}", sequences) for name, job in names.items()}
+    with Bars() as bars:
+        for name, (settings, *_) in work.items():
+            bars.update(name, 0, settings.steps, "waiting")
+        return {names[name]: result for name, result in side_by_side(work, _work, workers, bars)}
 
 
-def _receive(job: Job, process: Any, reader: Connection) -> tuple[str, Any]:
-    """Return a process's next message; raise UsageError if it ended without one."""
-    try:
-        return reader.recv()
-    except EOFError:
-        process.join()
-        raise UsageError(f"{' '.join(job)}: its process ended with exit code {process.exitcode}") from None
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back while a process starts: it inherits this, so that the terminal's Ctrl-C reaches us alone."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _work(job: Job, settings: Settings, out: Path, sequences: int, messages: Connection) -> None:
-    """Train and evaluate one model; runs in a process of its own, on one thread."""
-    import torch
-
-    torch.set_num_threads(1)
-    mixer, name = job
-    parent = multiprocessing.parent_process()
+def _work(job: tuple[Settings, Path, int], tell: Tell) -> dict[str, Any]:
+    """Train and evaluate one model."""
+    settings, path, sequences = job
 
     def report(row: dict[str, Any]) -> None:
-        if parent is not None and not parent.is_alive():  # killed: nobody is left to stop us
-            sys.exit(1)
         if row["step"] % 5 == 0 or row["step"] == settings.steps:
-            note = f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.2f}"
-            messages.send(("progress", (row["step"], settings.steps, note)))
+            tell(row["step"], settings.steps, f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.2f}")
 
-    try:
-        model = train(settings, out / f"{mixer}_{FOLDERS[name]}", report=report).eval()
-        task = get_task(settings.task)
-        result = evaluate(model, task, EVALUATED, sequences=sequences, batch_size=512)
-        points = [evaluate(model, task, n, sequences=sequences // 8, batch_size=512) for n in LENGTHS]
-        result["curve"] = [(p["length"], p["scaled_accuracy"]) for p in points]
-        messages.send(("done", result))
-    except Interrupted as stop:
-        sys.exit(128 + stop.signum)
-    except (UsageError, OSError) as error:
-        messages.send(("failed", str(error)))
+    model = train(settings, path, report=report).eval()
+    task = get_task(settings.task)
+    result = evaluate(model, task, EVALUATED, sequences=sequences, batch_size=512)
+    points = [evaluate(model, task, n, sequences=sequences // 8, batch_size=512) for n in LENGTHS]
+    result["curve"] = [(p["length"], p["scaled_accuracy"]) for p in points]
+    return result
 
 
 def _print(results: dict[Job, dict[str, Any]], console: Console, seconds: float, out: Path) -> None:

@@ -63,6 +63,28 @@ def accuracy_by_length(
     return save_figure(figure, path)
 
 
+def dots(
+    values: Mapping[str, Sequence[float]], paper: Mapping[str, float | None], path: Path, *, title: str, measure: str
+) -> list[Path]:
+    """Draw a line of dots per name, one for each seed, and the paper's number; write path.png and path.svg."""
+    figure = Figure(figsize=(7.2, 0.9 + 0.28 * len(values)), layout="constrained")
+    axes = figure.add_subplot()
+    for y, (name, seeds) in enumerate(values.items()):
+        axes.plot(
+            seeds, [y] * len(seeds), "o", color=COLOURS[0], markersize=6, alpha=0.6, label="ours" if y == 0 else None
+        )
+        if (number := paper.get(name)) is not None:
+            axes.plot([number], [y], "|", color=COLOURS[1], markersize=14, markeredgewidth=2.5)
+    axes.plot([], [], "|", color=COLOURS[1], markersize=12, markeredgewidth=2.5, label="the paper's")
+    axes.set_yticks(range(len(values)), list(values), fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel=measure, title=title, xlim=(-0.1, 1.05))
+    axes.grid(axis="x", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return save_figure(figure, path)
+
+
 def training_curve(rows: Sequence[Mapping[str, int | float]], path: Path, *, title: str) -> list[Path]:
     """Draw loss and accuracy against step from a run's metrics; write path.png and path.svg."""
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")

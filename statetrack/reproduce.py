@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,31 +17,13 @@ from rich.table import Column, Table
 from statetrack.errors import UsageError
 from statetrack.evaluate import evaluate
 from statetrack.progress import Bars
-from statetrack.runs import RESULT, read_json, write_atomically, write_json
+from statetrack.results import Cell, device_name, stored, terminal_table, write_results
+from statetrack.runs import RESULT, Run, commit, write_json
 from statetrack.tasks import get_task
-from statetrack.train import Settings, load_run, load_settings, train
+from statetrack.train import Interrupted, choose_device, load_run, load_settings, train
+from statetrack.workers import Tell, side_by_side
 
 TABLES = {"p1-chomsky": "recipes.p1_chomsky", "p1-s5": "recipes.p1_s5", "p2-groups": "recipes.p2_groups"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One cell of a paper's table: how to train it, where to evaluate it, and what the paper reports."""
-
-    name: str
-    settings: Callable[[int], Settings]
-    """the run for a seed"""
-    length: int | tuple[int, int]
-    """length of evaluation"""
-    measure: str
-    """which number of the evaluation the table shows"""
-    sequences: int
-    best: float | None = None
-    """the paper's best seed"""
-    median: float | None = None
-    """the paper's median seed"""
-    says: str = ""
-    """what the paper says where it gives no number"""
 
 
 def reproduce(
@@ -52,10 +35,14 @@ def reproduce(
     list_only: bool,
     device: str,
     out: Path,
+    jobs: int = 1,
+    minutes: float = math.inf,
+    from_results: bool = False,
 ) -> None:
-    """Run the chosen cells of a table that are not finished yet, then print and write all that are.
+    """Run the chosen cells of a table that are not finished yet, `jobs` at a time; then print and write all that are.
 
-    Writes results.jsonl and table.md into out/TABLE (out/TABLE-quick for quick runs).
+    minutes: save and stop after so many; the same call goes on. from_results: run nothing, only draw what is stored.
+    Writes results.jsonl, table.md, figure.png and figure.svg into out/TABLE (out/TABLE-quick for quick runs).
     """
     every: list[Cell] = import_module(TABLES[table]).cells(quick)
     chosen = [cell for cell in every if not cells or any(part in cell.name for part in cells)]
@@ -65,115 +52,93 @@ def reproduce(
         )
     if not seeds:
         raise UsageError("name at least one seed")
+    if jobs < 1 or not minutes > 0:
+        raise UsageError(f"jobs must be at least 1 and minutes above 0, got {jobs} and {minutes:g}")
     console = Console(markup=False)
     if list_only:
         console.print(_list(chosen, seeds))
         return
     folder = out / (f"{table}-quick" if quick else table)
+    command = f"statetrack reproduce {table}{' --quick' if quick else ''}"
+    left = 0
+    if from_results:
+        if not any(stored(cell, folder) for cell in every):
+            raise UsageError(
+                f"{folder} holds no results of {table}; run {command} first, or name their folder with --out"
+            )
+    else:
+        left = _run_all(chosen, seeds, folder, device, jobs, time.monotonic() + 60 * minutes, every, quick)
+    figures = write_results(every, folder, command, quick)
+    console.print(terminal_table(every, folder, quick))
+    files = [folder / "table.md", folder / "results.jsonl", *figures]
+    console.print(", ".join(map(str, files)), highlight=False, soft_wrap=True)
+    if left:
+        console.print(f"time is up with {left} of {len(chosen) * len(seeds)} runs unfinished; the same command goes on")
+
+
+Job = tuple[Cell, int, Path, str, float]  # cell, seed, run directory, device, deadline
+
+
+def _run_all(
+    chosen: Sequence[Cell],
+    seeds: Sequence[int],
+    folder: Path,
+    device: str,
+    jobs: int,
+    until: float,
+    every: Sequence[Cell],
+    quick: bool,
+) -> int:
+    """Run what is not finished until the deadline; return how many runs are left."""
+    work = {
+        f"{cell.name} seed {seed}": (cell, seed, folder / cell.name / f"seed{seed}", device, until)
+        for cell in chosen
+        for seed in seeds
+    }
+    left = 0
     with Bars() as bars:
-        for cell in chosen:
-            for seed in seeds:
-                _run(cell, seed, folder / cell.name / f"seed{seed}", device, bars)
-                _write_results(every, folder, quick)
-    console.print(_table(every, folder, quick))
-    console.print(f"{folder / 'table.md'}, {folder / 'results.jsonl'}", highlight=False, soft_wrap=True)
+        if jobs == 1:
+            ended = ((name, _run(job, partial(bars.update, name))) for name, job in work.items())
+        else:
+            ended = side_by_side(work, _run, jobs, bars, threads=1 if choose_device(device).type == "cpu" else None)
+        for _, done in ended:
+            left += not done
+            write_results(every, folder, "", quick, figures=False)
+    return left
 
 
-def _run(cell: Cell, seed: int, path: Path, device: str, bars: Bars) -> None:
-    """Train and evaluate one cell with one seed, unless that is done already."""
+def _run(job: Job, tell: Tell) -> bool:
+    """Train and evaluate one cell with one seed, unless that is done already; return whether it is done now."""
+    cell, seed, path, device, until = job
     settings = replace(cell.settings(seed), device=device)
-    name = f"{cell.name} seed {seed}"
     if (path / RESULT).exists():
-        stored = load_settings(path)
-        if replace(stored, device=device) != settings:
+        known = load_settings(path)
+        if replace(known, device=device) != settings:
             raise UsageError(f"{path} was made with other settings; choose another --out")
-        bars.update(name, settings.steps, settings.steps, "done before")
-        return
+        tell(settings.steps, settings.steps, "done before")
+        return True
+    if time.monotonic() > until:
+        return False
 
     def report(row: dict[str, Any]) -> None:
         note = f"loss {row['loss']:.4f}  accuracy {row['accuracy']:.3f}  {1 / row['seconds']:.1f} steps/s"
-        bars.update(name, row["step"], settings.steps, note)
+        tell(row["step"], settings.steps, note)
 
-    train(settings, path, resume=True, report=report)
+    try:
+        train(settings, path, resume=True, report=report, until=until)
+    except Interrupted as stop:
+        if stop.signum:
+            raise
+        return False
     _, model = load_run(path, device)
     batch = max(1, min(256, cell.sequences))
     result = evaluate(model, get_task(settings.task), cell.length, sequences=cell.sequences, batch_size=batch)
-    write_json(path / RESULT, {"cell": cell.name, "seed": seed, **result})
-    bars.update(name, settings.steps, settings.steps, f"{cell.measure} {result[cell.measure]:.3f}")
-
-
-def _results(cell: Cell, folder: Path) -> list[dict[str, Any]]:
-    return [read_json(path) for path in sorted((folder / cell.name).glob(f"seed*/{RESULT}"))]
-
-
-def _write_results(every: Sequence[Cell], folder: Path, quick: bool) -> None:
-    rows = [json.dumps(row) for cell in every for row in _results(cell, folder)]
-    write_atomically(folder / "results.jsonl", lambda p: p.write_text("".join(row + "\n" for row in rows)))
-    text = "\n".join(_markdown(every, folder, quick)) + "\n"
-    write_atomically(folder / "table.md", lambda p: p.write_text(text))
-
-
-HEADER = (
-    "cell",
-    "measure",
-    "seeds",
-    "best",
-    "median",
-    "worst",
-    "reaches",
-    "paper's best",
-    "paper's median",
-    "paper says",
-)
-
-
-def _rows(every: Sequence[Cell], folder: Path) -> list[tuple[str, ...]]:
-    rows = []
-    for cell in every:
-        results = _results(cell, folder)
-        if not results:
-            continue
-        values = [result[cell.measure] for result in results]
-        shown = [f"{value:.3f}" for value in (max(values), statistics.median(values), min(values))]
-        paper = ["" if value is None else f"{value:.3f}" for value in (cell.best, cell.median)]
-        length = f"{cell.length}" if isinstance(cell.length, int) else f"{cell.length[0]}..{cell.length[1]}"
-        measure = f"{cell.measure.replace('_', ' ')} at {length}"
-        rows.append((cell.name, measure, str(len(results)), *shown, _reach(results), *paper, cell.says))
-    return rows
-
-
-def _reach(results: Sequence[dict[str, Any]]) -> str:
-    """Return the longest length at which the best seed still has 90 % of the sequences right throughout."""
-    curves = [result["curve"] for result in results if "curve" in result]
-    if not curves:
-        return ""
-    return str(max(max((t for t, accuracy in curve if accuracy >= 0.9), default=0) for curve in curves))
-
-
-def _title(quick: bool) -> str:
-    return "quick settings, NOT the paper's: shorter training, smaller models" if quick else "the paper's settings"
-
-
-def _table(every: Sequence[Cell], folder: Path, quick: bool) -> Table:
-    """Return the table for a terminal: names whole, columns without a number left out, the measure in the title."""
-    rows: list[dict[str, str]] = [dict(zip(HEADER, row, strict=True)) for row in _rows(every, folder)]
-    measures = ", ".join(sorted({row["measure"] for row in rows}))
-    names = [name for name in HEADER if name != "measure" and any(row[name] for row in rows)]
-    columns = [Column(name, no_wrap=name == "cell", overflow="fold") for name in names]
-    table = Table(*columns, title=f"{measures}; {_title(quick)}", box=None, padding=(0, 1, 0, 0))
-    for row in rows:
-        table.add_row(*(row[name] for name in names))
-    return table
-
-
-def _markdown(every: Sequence[Cell], folder: Path, quick: bool) -> list[str]:
-    lines = [
-        f"{_title(quick)[0].upper()}{_title(quick)[1:]}.",
-        "",
-        f"| {' | '.join(HEADER)} |",
-        "|---" * len(HEADER) + "|",
-    ]
-    return lines + [f"| {' | '.join(row)} |" for row in _rows(every, folder)]
+    logged = [row["seconds"] for row in Run(path).metrics()]
+    cost = {"steps": settings.steps, "seconds": settings.steps * sum(logged) / len(logged)}
+    where = {"device": device_name(next(model.parameters()).device), "commit": commit()}
+    write_json(path / RESULT, {"cell": cell.name, "seed": seed, **result, **cost, **where})
+    tell(settings.steps, settings.steps, f"{cell.measure} {result[cell.measure]:.3f}")
+    return True
 
 
 def _list(chosen: Sequence[Cell], seeds: Sequence[int]) -> Table:

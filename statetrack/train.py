@@ -94,7 +94,7 @@ class Settings:
 
 
 class Interrupted(Exception):
-    """Training was stopped by a signal after saving; `resume` goes on from there. `signum` is the signal."""
+    """Training was stopped after saving; `resume` goes on from there. `signum` is the signal, 0 if time was up."""
 
     def __init__(self, signum: int, step: int, path: Path):
         super().__init__(f"stopped at step {step}, saved in {path}; the same command goes on (train: add --resume)")
@@ -246,13 +246,19 @@ class Trainer:
 
 
 def train(
-    settings: Settings, path: Path, *, resume: bool = False, force: bool = False, report: Report | None = None
+    settings: Settings,
+    path: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    report: Report | None = None,
+    until: float = math.inf,
 ) -> Model:
     """Train in the run directory `path` and return the model; the weights are also in `path`.
 
-    `report` is called after every step with {"step", "loss", "accuracy", ...}. Raises UsageError for bad settings, an
-    existing run (without resume or force), a corrupt checkpoint and a loss that is not finite; Interrupted after SIGINT
-    or SIGTERM.
+    `report` is called after every step with {"step", "loss", "accuracy", ...}. `until`: the value of time.monotonic()
+    after which to save and stop. Raises UsageError for bad settings, an existing run (without resume or force), a
+    corrupt checkpoint and a loss that is not finite; Interrupted after SIGINT, SIGTERM or `until`.
     """
     trainer, run = Trainer(settings), Run(path)
     config = {"settings": settings.to_dict(), "version": statetrack.__version__, "commit": commit()}
@@ -269,22 +275,23 @@ def train(
         if trainer.step < settings.steps:
             for stale in (WEIGHTS, EVALUATION):
                 (path / stale).unlink(missing_ok=True)
-        _steps(trainer, run, signals, report)
+        _steps(trainer, run, signals, report, until)
         run.save_weights(trainer.model.state_dict())
         if signals.received:
             raise Interrupted(signals.received, trainer.step, path)
     return trainer.model
 
 
-def _steps(trainer: Trainer, run: Run, signals: Signals, report: Report | None) -> None:
-    """Take the steps that are left, with log lines and checkpoints on the way and after a signal."""
+def _steps(trainer: Trainer, run: Run, signals: Signals, report: Report | None, until: float) -> None:
+    """Take the steps that are left, with log lines and checkpoints on the way and when stopped."""
     s, saved = trainer.settings, trainer.step
     while trainer.step < s.steps:
         began = time.perf_counter()
         try:
             row = trainer.train_step()
             last = trainer.step == s.steps
-            keep = trainer.step % s.checkpoint_every == 0 or last or signals.received
+            stopped = signals.received or time.monotonic() > until
+            keep = trainer.step % s.checkpoint_every == 0 or last or stopped
             checkpoint = trainer.state() if keep else None
         except UsageError as error:
             where = f"the last good checkpoint is of step {saved} in {run.path}"
@@ -297,7 +304,7 @@ def _steps(trainer: Trainer, run: Run, signals: Signals, report: Report | None) 
         if checkpoint is not None:
             run.save_checkpoint(checkpoint)
             saved = trainer.step
-        if checkpoint is not None and signals.received and not last:
+        if checkpoint is not None and stopped and not last:
             raise Interrupted(signals.received, trainer.step, run.path)
 
 

@@ -279,7 +279,10 @@ def reproduce(a: ReproduceArguments) -> None:
     """Run the cells of a table."""
     from statetrack.reproduce import reproduce as run_table
 
-    run_table(a.table, cells=a.cells, seeds=a.seeds, quick=a.quick, list_only=a.list, device=a.device, out=a.out)
+    options = {"jobs": a.jobs, "minutes": a.minutes, "from_results": a.from_results}
+    run_table(
+        a.table, cells=a.cells, seeds=a.seeds, quick=a.quick, list_only=a.list, device=a.device, out=a.out, **options
+    )
 
 
 def demo(a: DemoArguments) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from recipes.demo import demo_settings
-from statetrack import demo, train
+from statetrack import demo, train, workers
 from statetrack.errors import UsageError
 from tests.test_cli import started, the_line, wait_until
 
@@ -29,8 +29,8 @@ def tiny_demo(out: Path, **changes: Any) -> dict[str, dict[str, Any]]:
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the demo's processes start at once; those below start as they do for a user."""
-    real = demo.multiprocessing.get_context
-    monkeypatch.setattr(demo.multiprocessing, "get_context", lambda _: real("fork"))
+    real = workers.multiprocessing.get_context
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: real("fork"))
 
 
 @pytest.mark.usefixtures("forked")
@@ -53,7 +53,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 def test_a_model_of_the_demo_fails(tmp_path: Path):
     with pytest.raises(UsageError, match=r"mamba \[0,1\]: the gradient's norm is|mamba \[0,1\]: loss is"):
         tiny_demo(tmp_path, lr=1e30, clip=0.0, warmup=0.0)
-    assert demo.multiprocessing.active_children() == []
+    assert workers.multiprocessing.active_children() == []
 
 
 @pytest.mark.usefixtures("forked")
@@ -66,7 +66,7 @@ def test_a_process_of_the_demo_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(demo, "train", dying)
     with pytest.raises(UsageError, match=r"mamba \[-1,1\]: its process ended with exit code -9"):
         tiny_demo(tmp_path)
-    assert demo.multiprocessing.active_children() == []
+    assert workers.multiprocessing.active_children() == []
 
 
 def group_is_gone(group: int) -> bool:

@@ -1,6 +1,7 @@
 """Evaluation: the same numbers however it is cut; pictures; the papers' tables."""
 
 import json
+import math
 import os
 import signal
 import xml.etree.ElementTree as ET
@@ -25,7 +26,8 @@ from statetrack.evaluate import Length, evaluate, parse_lengths
 from statetrack.layers import AttentionConfig, DeltaProductConfig, LSTMConfig, MambaConfig, MixerConfig
 from statetrack.model import Config, Model
 from statetrack.plots import COLOURS, accuracy_by_length, training_curve
-from statetrack.reproduce import TABLES, Cell
+from statetrack.reproduce import TABLES
+from statetrack.results import Cell, interval
 from statetrack.runs import Run
 from statetrack.tasks import Task, get_task
 from statetrack.tasks.metrics import accuracy, correct, sequence_accuracy
@@ -270,14 +272,14 @@ class Reproduction:
         monkeypatch.setattr(tables, "train", self.train)
         monkeypatch.setattr(tables, "import_module", lambda _: SimpleNamespace(cells=lambda _: self.cells))
 
-    def train(self, settings: Settings, path: Path, *, resume: bool, report: Report) -> Model:
+    def train(self, settings: Settings, path: Path, *, resume: bool, report: Report, until: float) -> Model:
         def counted(row: dict[str, Any]) -> None:
             report(row)
             self.steps.append(row["step"])
             if len(self.steps) == self.stop_after:
                 os.kill(os.getpid(), signal.SIGINT)
 
-        return train(settings, path, resume=resume, report=counted)
+        return train(settings, path, resume=resume, report=counted, until=until)
 
     def __call__(self, **changes: Any) -> list[int]:
         self.steps = []
@@ -330,8 +332,62 @@ def test_reproduce_keeps_quick_apart_and_says_so(table: Reproduction):
     assert not (table.out / "p2-groups").exists()
 
 
+def test_reproduce_goes_on_slice_by_slice(table: Reproduction, capsys: pytest.CaptureFixture[str]):
+    slices = [table(minutes=1e-9)]  # time is up before the first run
+    assert slices == [[]] and "4 of 4 runs unfinished" in capsys.readouterr().out
+    first = {"cells": ["small"], "seeds": (0,)}
+    while not (table.out / "p2-groups" / "S3-small" / "seed0" / "result.json").exists():
+        slices.append(table(**first, minutes=1e-3))
+    assert sorted(step for taken in slices for step in taken) == [1, 2, 3, 4, 5, 6], "no step is taken twice"
+    train(tiny_settings(0), table.out / "whole")
+    whole, sliced = (
+        Run(p).load_weights() for p in (table.out / "whole", table.out / "p2-groups" / "S3-small" / "seed0")
+    )
+    assert all(torch.equal(whole[name], sliced[name]) for name in whole)
+
+
+def test_reproduce_side_by_side_and_from_results(table: Reproduction, monkeypatch: pytest.MonkeyPatch):
+    one = table.out / "one"
+    table(cells=["small"], out=one)
+    monkeypatch.setattr(tables, "train", train)  # each run has a process of its own
+    table(cells=["small"], jobs=2)
+    names = ("results.jsonl", "table.md", "figure.png", "figure.svg")
+    left, right = (
+        [json.loads(x) for x in (o / "p2-groups" / names[0]).read_text().splitlines()] for o in (one, table.out)
+    )
+    measured = ("cell", "seed", "curve", "sequence_accuracy", "steps")
+    assert [[r[k] for k in measured] for r in left] == [[r[k] for k in measured] for r in right]
+    kept = table.out / "kept" / "p2-groups"
+    kept.mkdir(parents=True)
+    (kept / names[0]).write_bytes((table.out / "p2-groups" / names[0]).read_bytes())
+    assert table(from_results=True, out=kept.parent) == []
+    for name in names[:2]:
+        assert (kept / name).read_bytes() == (table.out / "p2-groups" / name).read_bytes(), name
+    assert all((kept / name).stat().st_size > 0 for name in names)
+    with pytest.raises(UsageError, match="holds no results"):
+        table(from_results=True, out=table.out / "nowhere")
+    (kept / names[0]).write_text("{}")
+    with pytest.raises(UsageError, match="not a list of results"):
+        table(from_results=True, out=kept.parent)
+
+
+def test_interval_of_a_mean():
+    """Student's 97.5 % quantiles, as tables have them: 12.706 (1 degree of freedom), 4.303 (2), 2.262 (9)."""
+    assert math.isnan(interval([0.5]))
+    assert interval([0.0, 2.0]) == pytest.approx(12.706, abs=1e-3)
+    assert interval([0.0, 1.0, 2.0]) == pytest.approx(4.303 / math.sqrt(3), abs=1e-3)
+    ten = [float(i % 2) for i in range(10)]
+    assert interval(ten) == pytest.approx(2.262 * math.sqrt(10 / 36 / 10), abs=1e-3)
+
+
 def test_reproduce_refuses(table: Reproduction):
-    for changes, message in (({"cells": ("zzz",)}, "contains zzz"), ({"seeds": ()}, "at least one seed")):
+    bad = (
+        ({"cells": ("zzz",)}, "contains zzz"),
+        ({"seeds": ()}, "at least one seed"),
+        ({"jobs": 0}, "jobs must be at least 1"),
+        ({"minutes": 0.0}, "minutes above 0"),
+    )
+    for changes, message in bad:
         with pytest.raises(UsageError, match=message):
             table(**changes)
     assert list(table.out.iterdir()) == []
