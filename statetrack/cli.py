@@ -252,7 +252,7 @@ class RunArguments:
     """print 1 or 0 for every line, the count goes to stderr"""
     device: Device = "auto"
     """cpu, cuda, or auto: a GPU where there is one"""
-    backend: Literal["auto", "reference", "chunk", "triton"] = "auto"
+    backend: Literal["auto", "reference", "chunk", "triton", "numba"] = "auto"
     """of the recurrence; auto: the fastest that fits"""
 
 

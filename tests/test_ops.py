@@ -13,7 +13,7 @@ from torch import Tensor
 from statetrack.errors import UsageError
 from statetrack.ops import delta_rule, dplr, gated_linear_attention, selective_scan
 
-from .cases import OPS, OpCase, attention_inputs, delta_inputs, dplr_inputs, scan_inputs
+from .cases import CPU, OPS, OpCase, attention_inputs, delta_inputs, dplr_inputs, scan_inputs
 
 EXACT = 1e-10
 every_op = pytest.mark.parametrize("case", OPS, ids=lambda c: c.name)
@@ -200,7 +200,7 @@ def test_resets_are_exact_forward_and_backward(generator):
     other = {n: t.clone() for n, t in x.items()}
     other["v"][:, :77] = 1e30
     leaves = {n: t.requires_grad_() for n, t in x.items()}
-    for backend in ("reference", "chunk"):
+    for backend in ("reference", *CPU):
         o, state = delta_rule(**leaves, backend=backend)
         changed, _ = delta_rule(**other, backend=backend)
         assert torch.equal(o[:, 77:], changed[:, 77:])
@@ -209,18 +209,19 @@ def test_resets_are_exact_forward_and_backward(generator):
         assert not grad_decay[:, 77].any() and not grad_decay.isnan().any()
 
 
-def test_strong_decays_lose_no_accuracy_afterwards(generator):
+@pytest.mark.parametrize("backend", CPU)
+def test_strong_decays_lose_no_accuracy_afterwards(backend: str, generator):
     """A decay of e^-100 must not blur the differences of the decays after it (running sums in float32 would)."""
     x = {n: t.float() for n, t in delta_inputs(decay="head")(generator, 1, 64).items()}
     x["log_decay"] = torch.full_like(x["log_decay"], -1e-3)
     x["log_decay"][:, 5] = -100.0
     want, _ = delta_rule(**{n: t.double() for n, t in x.items()}, backend="reference")
-    got, _ = delta_rule(**x, backend="chunk")
+    got, _ = delta_rule(**x, backend=backend)
     assert error(got[:, 5:], want[:, 5:]) <= 2e-6
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e25])
-@pytest.mark.parametrize("backend", ["reference", "chunk"])
+@pytest.mark.parametrize("backend", ["reference", *CPU])
 def test_keys_of_any_length_give_the_same_result(scale: float, backend: str, generator):
     x = {n: t.float() for n, t in delta_inputs()(generator, 1, 70).items()}
     want, _ = delta_rule(**x, backend=backend)

@@ -26,13 +26,16 @@ def check_backend(backend: str, available: tuple[str, ...]) -> None:
         raise UsageError(f"backend={backend!r} is not available for this op; available: {', '.join(available)}")
 
 
-def not_for_numba(x: Tensor) -> str | None:
-    """Return why the kernels compiled by Numba cannot run on such a tensor, or None if they can."""
-    if not NUMBA_INSTALLED:
-        return "needs Numba, which is not installed (pip install 'statetrack[cpu]')"
-    if x.device.type != "cpu":
-        return f"needs tensors on the CPU, got {x.device}"
-    return None
+def numba_chosen(backend: str, x: Tensor) -> bool:
+    """Return whether the kernels compiled by Numba are to run; asked for where they cannot, that is an error."""
+    if backend not in ("auto", "numba"):
+        return False
+    fits = NUMBA_INSTALLED and x.device.type == "cpu"
+    if backend == "numba" and not fits:
+        here = "which is not installed (pip install 'statetrack[cpu]')"
+        reason = f"tensors on the CPU, got {x.device}" if NUMBA_INSTALLED else f"Numba, {here}"
+        raise UsageError(f'backend="numba" needs {reason}; use backend="chunk"')
+    return fits
 
 
 def check_tensors(**tensors: Tensor | None) -> None:

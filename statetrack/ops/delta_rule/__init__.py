@@ -29,6 +29,7 @@ from statetrack.ops.checks import (
     check_same_dtype,
     check_shape,
     check_tensors,
+    numba_chosen,
     sequence_lengths,
 )
 from statetrack.ops.delta_rule.chunk import delta_rule_chunk
@@ -68,7 +69,8 @@ def delta_rule(
         initial_state: state before the first token, one per sequence (S = B, or the number of packed sequences).
         cu_seqlens: offsets [0, ..., T] of sequences packed along T; needs B = 1.
         backend: "reference" (the definition), "chunk" (fast, CPU and GPU), "triton" (faster, GPU; float32, bfloat16,
-            float16) or "auto": "triton" where it is installed and takes the input, else "chunk".
+            float16), "numba" (compiled, CPU only, faster) or "auto": "triton" on a GPU and "numba" on a CPU where
+            that is installed and takes the input, else "chunk".
         precision: "tracking" keeps the state's error near the data type's rounding over a million tokens; "fast" lets
             the Triton kernels round what they multiply to bfloat16, as other libraries do. Other backends ignore it.
 
@@ -78,7 +80,7 @@ def delta_rule(
     Raises:
         UsageError: a shape, dtype, device, cu_seqlens, backend or precision that does not fit.
     """
-    check_backend(backend, ("reference", "chunk", "triton"))
+    check_backend(backend, ("reference", "chunk", "triton", "numba"))
     if precision not in PRECISIONS:
         raise UsageError(f"precision={precision!r} is unknown; accepted: {', '.join(PRECISIONS)}")
     check_tensors(q=q, k=k, v=v, beta=beta, log_decay=log_decay, initial_state=initial_state)
@@ -102,6 +104,10 @@ def delta_rule(
             return run(q, k, v, beta, log_decay, scale, initial_state, lengths, precision)
         if backend == "triton":
             raise UsageError(f'backend="triton" {reason}; use backend="chunk"')
+    if numba_chosen(backend, q):
+        from statetrack.ops.delta_rule.numba import delta_rule_numba
+
+        return delta_rule_numba(q, k, v, beta, log_decay, scale, initial_state, lengths)
     return delta_rule_chunk(q, k, v, beta, log_decay, scale, initial_state, lengths)
 
 

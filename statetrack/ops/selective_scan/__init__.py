@@ -22,7 +22,7 @@ from statetrack.ops.checks import (
     check_backend,
     check_shape,
     check_tensors,
-    not_for_numba,
+    numba_chosen,
     sequence_lengths,
 )
 from statetrack.ops.layout import untraced_if_packed
@@ -101,14 +101,10 @@ def selective_scan(  # noqa: PLR0913 (the recurrence has seven tensors)
 
 def _blocked(backend: str, u: Tensor, *rest) -> tuple[Tensor, Tensor]:
     """Run the backend of a CPU: compiled where that is asked for or possible, else in chunks."""
-    if backend in ("auto", "numba"):
-        reason = not_for_numba(u)
-        if reason is None:
-            from statetrack.ops.selective_scan.numba import selective_scan_numba
+    if numba_chosen(backend, u):
+        from statetrack.ops.selective_scan.numba import selective_scan_numba
 
-            return selective_scan_numba(u, *rest)
-        if backend == "numba":
-            raise UsageError(f'backend="numba" {reason}; use backend="chunk"')
+        return selective_scan_numba(u, *rest)
     return selective_scan_chunk(u, *rest)
 
 

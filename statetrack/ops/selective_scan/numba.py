@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from statetrack.ops.layout import untraced
-from statetrack.ops.numba_common import array, kernel, spread, starts
+from statetrack.ops.numba_common import array, inner, kernel, spread, starts
 
 W = 256
 CHUNK = 16  # tokens whose states and decays the backward holds: with W = 256 channels 512 KiB at M = 16
@@ -92,14 +92,14 @@ def _exp_compiled(x):
     return (lambda x: _exp_of_float32(x)) if x.bitwidth == 32 else (lambda x: math.exp(x))
 
 
-@njit(fastmath={"contract"})
+@njit(fastmath={"contract"}, nogil=True)
 def _exp_of_float32(x):
     """Return e^x to 0.7 units in the last place, without a branch, so that a loop over it becomes vector code.
 
     e^x = 2^n e^r with n = round(x / ln 2): adding 1.5 2^23 rounds, and leaves n in the last bits. The polynomial of e^r
-    is that of Cephes' expf. Results below 1.2e-38 are 0.
+    is that of Cephes' expf. Results below 1.2e-38 are 0, above 2.3e38 infinite.
     """
-    tiny, huge = np.float32(-87.3), np.float32(88.7)
+    tiny, huge = np.float32(-87.3), np.float32(88.37)
     within = huge if x > huge else x  # written so that NaN stays
     within = tiny if within < tiny else within
     shifted = within * np.float32(1.44269504) + np.float32(12582912.0)
@@ -192,40 +192,40 @@ def _backward(
 # What follows is inlined. A loop becomes vector code only if few pairs of its arrays could overlap, so it is cut up.
 
 
-@njit
+@inner
 def _copy(x, out):
     for m in range(len(x)):
         for j in range(out.shape[1]):
             out[m, j] = x[m, j]
 
 
-@njit
+@inner
 def _transpose(x, out):
     for m in range(len(out)):
         for j in range(len(x)):
             out[m, j] = x[j, m]
 
 
-@njit
+@inner
 def _transpose_back(x, out):
     for j in range(len(out)):
         for m in range(len(x)):
             out[j, m] = x[m, j]
 
 
-@njit
+@inner
 def _multiply(a, b, out):
     for j in range(len(a)):
         out[j] = a[j] * b[j]
 
 
-@njit
+@inner
 def _scale(x, factors):
     for j in range(len(x)):
         x[j] *= factors[j]
 
 
-@njit(fastmath={"contract"})
+@inner
 def _begin(u, dt, skip, x, y):
     """Write the input of the states and what the output has of it without them."""
     for j in range(len(u)):
@@ -233,7 +233,7 @@ def _begin(u, dt, skip, x, y):
         y[j] = skip[j] * u[j]
 
 
-@njit(fastmath={"contract"})
+@inner
 def _advance(h, rates, dt, x, b, y, c, lo, span):
     """Take one state of some channels over a token and add what is read of it to the output."""
     for j in range(len(dt)):
@@ -242,14 +242,14 @@ def _advance(h, rates, dt, x, b, y, c, lo, span):
         y[j] += c * now
 
 
-@njit(fastmath={"contract"})
+@inner
 def _pass(h, rates, dt, x, b, lo, span):
     """Take one state of some channels over a token."""
     for j in range(len(dt)):
         h[j] = (lo + span * _exp(dt[j] * rates[j])) * h[j] + x[j] * b
 
 
-@njit(fastmath={"contract"})
+@inner
 def _follow(h, rates, dt, x, b, a, after, lo, span):
     """Write the transition and the state after the token."""
     for j in range(len(dt)):
@@ -258,7 +258,7 @@ def _follow(h, rates, dt, x, b, a, after, lo, span):
         after[j] = a[j] * h[j] + x[j] * b
 
 
-@njit(fastmath={"contract", "reassoc"})
+@inner
 def _reach(g, dy, c, x, h):
     """Add to g what the output gives it; return the gradients to the token's B and C."""
     db, dc = g[0] * 0, g[0] * 0
@@ -269,7 +269,7 @@ def _reach(g, dy, c, x, h):
     return db, dc
 
 
-@njit(fastmath={"contract"})
+@inner
 def _apart(g, b, before, a, lo, d_x, d_a):
     """Add the gradient to x, and write that to dt A."""
     for j in range(len(d_x)):
@@ -277,14 +277,14 @@ def _apart(g, b, before, a, lo, d_x, d_a):
         d_a[j] = g[j] * before[j] * (a[j] - lo)
 
 
-@njit(fastmath={"contract"})
+@inner
 def _to_rates(d_a, rates, dt, d_dt, d_rates):
     for j in range(len(dt)):
         d_dt[j] += d_a[j] * rates[j]
         d_rates[j] += d_a[j] * dt[j]
 
 
-@njit(fastmath={"contract"})
+@inner
 def _end(u, dt, dy, skip, d_x, du, d_dt, d_skip):
     """Write what a token's gradients have beside that through the rates."""
     for j in range(len(u)):

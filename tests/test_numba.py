@@ -1,0 +1,90 @@
+"""What the ops' contract does not ask of the compiled CPU kernels: wide heads, threads, their exp, who gets them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from statetrack.errors import UsageError
+from statetrack.ops import checks, delta_rule, selective_scan
+
+from .cases import OpCase, delta_inputs, scan_inputs
+from .test_ops import EXACT, assert_close, run_with_grads
+
+WIDE = [
+    OpCase("delta-65-70", delta_rule, delta_inputs(H=4, Hk=2, K=65, V=70, decay="head"), ()),
+    OpCase("delta-7-33", delta_rule, delta_inputs(N=2, K=7, V=33, decay="key"), ()),
+    OpCase("delta-32-17", delta_rule, delta_inputs(N=20, K=32, V=17), ()),
+    OpCase("scan-130-9", selective_scan, scan_inputs(D=130, M=9), ()),
+]
+
+
+@pytest.mark.parametrize("case", WIDE, ids=lambda c: c.name)
+def test_heads_of_any_width_equal_the_reference(case: OpCase, generator):
+    tensors = case.make(generator, 2, 40)
+    want = run_with_grads(case, tensors, backend="reference")
+    assert_close(run_with_grads(case, tensors, backend="numba"), want, lambda _: EXACT)
+
+
+@pytest.mark.parametrize("case", WIDE, ids=lambda c: c.name)
+def test_threads_change_no_bit(case: OpCase, generator):
+    tensors = {name: x.float() for name, x in case.make(generator, 5, 150).items()}
+    want = run_with_grads(case, tensors, backend="numba")
+    torch.set_num_threads(2)
+    try:
+        got = run_with_grads(case, tensors, backend="numba")
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_exp_is_right_to_one_unit_in_the_last_place_and_at_the_edges():
+    from numba import njit
+
+    from statetrack.ops.selective_scan.numba import _exp_of_float32
+
+    @njit
+    def of_all(x, out):
+        for i in range(len(x)):
+            out[i] = _exp_of_float32(x[i])
+
+    def exp(x: np.ndarray) -> np.ndarray:
+        out = np.empty_like(x)
+        of_all(x, out)
+        return out
+
+    x = np.linspace(-87, 88.3, 1_000_003).astype(np.float32)
+    assert np.abs(exp(x) / np.exp(x.astype(np.float64)) - 1).max() <= np.finfo(np.float32).eps
+    edges = np.array([-np.inf, -200.0, 0.0, -0.0, 200.0, np.inf, np.nan], np.float32)
+    np.testing.assert_array_equal(exp(edges), [0, 0, 1, 1, np.inf, np.inf, np.nan])
+
+
+def calls(generator: torch.Generator) -> dict[str, Any]:
+    delta, scan = (
+        {n: x.float() for n, x in make(generator, 1, 50).items()} for make in (delta_inputs(), scan_inputs())
+    )
+
+    def run(op: Any, x: dict[str, Tensor]) -> Any:
+        return lambda backend: torch.cat([y.flatten() for y in op(**x, backend=backend)])
+
+    return {"delta_rule": run(delta_rule, delta), "selective_scan": run(selective_scan, scan)}
+
+
+@pytest.mark.parametrize("op", ["delta_rule", "selective_scan"])
+def test_auto_takes_the_kernels_where_numba_is_installed(op: str, generator, monkeypatch: pytest.MonkeyPatch):
+    run = calls(generator)[op]
+    assert torch.equal(run("auto"), run("numba")) and not torch.equal(run("chunk"), run("numba"))
+    monkeypatch.setattr(checks, "NUMBA_INSTALLED", False)
+    assert torch.equal(run("auto"), run("chunk"))
+    with pytest.raises(UsageError, match=r"needs Numba, which is not installed \(pip install 'statetrack\[cpu\]'\)"):
+        run("numba")
+
+
+def test_tensors_elsewhere_are_refused(generator):
+    x = {n: t.float().to("meta") for n, t in delta_inputs()(generator, 1, 3).items()}
+    with pytest.raises(UsageError, match='needs tensors on the CPU, got meta; use backend="chunk"'):
+        delta_rule(**x, backend="numba")
