@@ -38,7 +38,8 @@ def check_free(path: Path, force: bool) -> None:
 def write(path: Path, compiled: CompiledAutomaton, report: str, force: bool = False) -> list[str]:
     """Write the directory; return what could not be drawn, and why.
 
-    Everything is made in a directory beside it, which then takes its place.
+    Everything is made in a directory beside it, which then takes its place: whatever happens, the old network or the
+    new one is there, with its own report and pictures.
     """
     check_free(path, force)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,14 +49,25 @@ def write(path: Path, compiled: CompiledAutomaton, report: str, force: bool = Fa
         compiled.automaton.to_json(new / AUTOMATON)
         missing = _draw(new, compiled)
         if path.exists() and any(path.iterdir()):
-            for name in OURS:
-                if (new / name).exists():
-                    os.replace(new / name, path / name)
-                else:
-                    (path / name).unlink(missing_ok=True)
+            _exchange(new, path)
         else:
             os.replace(new, path)
     return missing
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Put a directory in the place of another, and what is not ours back into it."""
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        os.replace(old, path)
+        raise
+    for other in old.iterdir():
+        if other.name not in OURS:
+            os.replace(other, path / other.name)
+    shutil.rmtree(old)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from statetrack.errors import UsageError
 
 BLOCK = 1 << 22  # bytes read at once, and letters of the longest line that is not carried from block to block
 ROWS, PIECE = 2048, 1 << 16  # lines side by side, and their letters in one call: what a core's cache holds
-FEW = 128  # lines; with fewer a loop over tokens is slower than chunks
+LONG_PIECE = 1 << 20  # letters of one long text in one call, which cuts them into segments
 END = -1  # of a line, among letters
 UNKNOWN = -2
 
@@ -152,8 +152,8 @@ class _Carried:
 
     def take(self, letters: Int[np.ndarray, "T"]) -> None:
         """Go on with these letters."""
-        for start in range(0, len(letters), PIECE):
-            x = torch.from_numpy(letters[None, start : start + PIECE]).to(self.compiled.classes.device)
+        for start in range(0, len(letters), LONG_PIECE):
+            x = torch.from_numpy(letters[None, start : start + LONG_PIECE]).to(self.compiled.classes.device)
             said, self.state = self.compiled(x, self.state, backend=self.backend)
             self.says = int(said[0, -1])
 
@@ -188,8 +188,7 @@ def _say_group(
         width = min(max(1, PIECE // rows), int(lengths[-1]) - t)
         places = starts[done:, None] + np.arange(t, t + width)
         x = np.maximum(letters[np.minimum(places, len(letters) - 1)], 0)  # beyond a line's end: anything
-        loop = backend == "auto" and device.type == "cpu" and rows >= FEW
-        said, state = compiled(torch.from_numpy(x).to(device), state, backend="reference" if loop else backend)
+        said, state = compiled(torch.from_numpy(x).to(device), state, backend=backend)
         ended = int(np.searchsorted(lengths[done:], t + width, side="right"))
         last = torch.from_numpy(lengths[done : done + ended] - t - 1).to(device)
         out[done : done + ended] = said[torch.arange(ended, device=device), last].cpu().numpy()

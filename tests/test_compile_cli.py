@@ -152,6 +152,21 @@ def test_force_replaces_what_is_ours(command: Command, number: Path):
     assert artifact.read(number).automaton.states == 120 and "120 states" in (number / "report.txt").read_text()
 
 
+def test_a_replacement_that_fails_leaves_the_old_one(number: Path, monkeypatch: pytest.MonkeyPatch):
+    (number / "notes.txt").write_text("mine")
+    before, replace = contents(number.parent), os.replace
+
+    def fails_to_arrive(source: Path, target: Path) -> None:
+        if str(source).endswith(".tmp") and target == number:
+            raise OSError("no")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails_to_arrive)
+    with pytest.raises(OSError, match="no"):
+        artifact.write(number, compile_spec("(ab)*", alphabet="ab", timeout=0), "", force=True)
+    assert contents(number.parent) == before
+
+
 def test_without_pygraphviz(command: Command, here: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "pygraphviz", None)
     code, _, err = command(COMPILE)
@@ -206,6 +221,7 @@ def test_lines_are_accepted_as_by_re(command: Command, monkeypatch: pytest.Monke
     """Blocks smaller than a line, so that lines are cut and the longest carried along; the last without a newline."""
     monkeypatch.setattr(texts, "BLOCK", block)
     monkeypatch.setattr(texts, "PIECE", 4096)
+    monkeypatch.setattr(texts, "LONG_PIECE", 4096)
     lines = [*some_lines(1500 if block == 1 << 22 else 150), "7"]
     Path("words").write_text("\n".join(lines) + newline)
     want = [int(re.fullmatch(NUMBER, line) is not None) for line in lines]
@@ -251,7 +267,7 @@ def test_the_empty_text_is_the_start(command: Command):
 @pytest.mark.usefixtures("number")
 def test_a_whole_file_in_pieces(command: Command, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(texts, "BLOCK", 1000)
-    monkeypatch.setattr(texts, "PIECE", 300)
+    monkeypatch.setattr(texts, "LONG_PIECE", 300)
     for content, verdict in (
         ("-" + "7" * 5000 + ".25", "accepted\n"),
         ("7" * 3000 + "." + "7" * 3000 + ".", "rejected\n"),

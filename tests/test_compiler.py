@@ -19,6 +19,7 @@ from statetrack import compile
 from statetrack.automata import Automaton
 from statetrack.automata.verdicts import lower_bounds
 from statetrack.compiler import CompiledAutomaton
+from statetrack.compiler import network as networks
 from statetrack.errors import UsageError
 from tests.languages import LANGUAGES
 from tests.test_automata import automata
@@ -176,6 +177,29 @@ def test_pieces_of_a_long_sequence_follow_each_other(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("statetrack.compiler.network.PIECE", 100)
     network = compile(LANGUAGES["JSON number"](), timeout=0)
     assert_follows(network, words(network.automaton, 2, 100))
+
+
+@settings(max_examples=40)
+@given(
+    automaton=automata(), options=OPTIONS, batch=st.integers(1, 3), length=st.integers(1, 300), seed=st.integers(0, 9)
+)
+def test_segments_side_by_side_are_the_sequence(
+    automaton: Automaton, options: dict[str, Any], batch: int, length: int, seed: int
+):
+    compiled = compile(automaton, timeout=0, **options)
+    x = words(compiled.automaton, batch, length, seed)
+    state = compiled(x[:, : length // 3])[1]
+    want = compiled.automaton.run(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(networks, "FEW", 0)
+        whole, plain = compiled(x[:, length // 3 :], state, backend="reference")
+        patch.setattr(networks, "FEW", 4)
+        patch.setattr(networks, "SEGMENT", 1 + seed)
+        said, after = compiled(x[:, length // 3 :], state, backend="reference")
+        np.testing.assert_array_equal(compiled.states(x, backend="chunk").numpy(), want)
+    assert torch.equal(said, whole)
+    for mine, its in zip(after.stages, plain.stages, strict=True):
+        assert torch.equal(mine.memory, its.memory) and torch.equal(mine.below, its.below)
 
 
 def test_accepts_any_lengths_and_kinds_of_text():

@@ -18,12 +18,15 @@ place of permutation-reset automata.
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from statetrack.automata import Automaton, automaton_of
 from statetrack.compiler.assembly import Stage, assemble, assemble_map
+from statetrack.compiler.cascade import Limit
 from statetrack.compiler.certificate import Certificate
 from statetrack.compiler.compiled import STRUCTURES, Blueprint, CompiledAutomaton
 from statetrack.compiler.group_heads import group_stage
@@ -61,8 +64,8 @@ def compile(
         keys: "integer": exact for ops that divide by |k|^2, such as ours; "unit": of length 1 exactly, for kernels that
             normalise keys; "normalised": (1, -1) / sqrt(2), not exact, to see a certificate fail.
         objective: what is made small first: "depth" (layers), "factors" (per token), "width" (coordinates).
-        timeout: seconds for the search; 0 takes the first network found, usually within a second. When the time runs
-            out, the best found so far is returned, and its report says so.
+        timeout: seconds for all of it; 0 takes the first network found, within about a second of processor time for up
+            to 128 states. When the time runs out, the best found so far is returned, and its report says so.
         alphabet, flags: for regular expressions.
         report: called with what is tried, again and again.
 
@@ -80,7 +83,8 @@ def compile(
     if structure == "dplr":
         candidates, late = [_map_stage(merged)], False
     else:
-        candidates, late = _candidates(merged, max(1, window), objective, timeout, report)
+        with _uncollected():
+            candidates, late = _candidates(merged, max(1, window), objective, timeout, report)
     stages, states, seen = min(
         candidates, key=_cost(objective, Style(structure == "gated", keys)), default=([], [], None)
     )
@@ -103,17 +107,33 @@ def _candidates(
     merged: Automaton, window: int, objective: str, timeout: float, report: Callable[[str], None]
 ) -> tuple[list[Found], bool]:
     """Return the networks found, and whether the time ran out."""
-    found: list[Found] = []
+    end = Limit(timeout)
     report("one layer for a group")
-    group = group_stage(merged, max(1.0, timeout / 4))
+    group = group_stage(merged, max(0.5, timeout / 4))
     if group is not None:
-        found.append(([group], [*range(merged.states), merged.start], None))
+        return [([group], [*range(merged.states), merged.start], None)], False
     deeper = objective != "depth" and timeout > 0
-    plans, late = find_plans(merged, window, 0 if group else timeout, deeper, report)
+    plans, late = find_plans(merged, window, timeout, deeper, report)
+    found: list[Found] = []
     for plan in plans:
+        if found and timeout and end.passed:
+            return found, True
+        report(f"weights of {plan.kinds}")
         stages, states, seen = assemble(plan)
         found.append((stages, states.tolist(), seen))
-    return found, late and group is None
+    return found, late
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector out: the search makes hundreds of thousands of containers and no cycles."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _cost(objective: str, style: Style) -> Callable[[Found], tuple[int, ...]]:

@@ -13,8 +13,10 @@ Letters: q states of the automaton, c states of the knowledge, x letters, y labe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import NamedTuple
 
 from statetrack.automata import Automaton
@@ -23,7 +25,31 @@ LOST = -1  # the label of the zero vector: it stays lost until a reset
 
 
 class TooLarge(Exception):
-    """A layer or the knowledge it gives outgrew its cap."""
+    """A layer or the knowledge it gives outgrew its cap, or the time ran out while it was made."""
+
+
+class Limit:
+    """A moment at which work stops."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
+        self.clock, self.end = clock, clock() + seconds
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is over."""
+        return self.clock() > self.end
+
+    def check(self) -> None:
+        """Raise TooLarge if it is over."""
+        if self.passed:
+            raise TooLarge
+
+    def within(self, seconds: float) -> Limit:
+        """Return a limit so many seconds from now, or this one if it is sooner."""
+        return Limit(min(seconds, self.end - self.clock()), self.clock)
+
+
+NO_LIMIT = Limit(float("inf"))
 
 
 @dataclass(frozen=True)
@@ -39,15 +65,6 @@ class View:
     def letters(self) -> int:
         """The number of letters."""
         return len(self.moves[0])
-
-    def image(self, states: Iterable[int], letter: int) -> dict[int, int]:
-        """Return where each of `states` goes, those that do not die."""
-        found = {}
-        for q in states:
-            r = self.moves[q][letter]
-            if r is not None:
-                found[q] = r
-        return found
 
     @property
     def reachable(self) -> frozenset[int]:
@@ -83,6 +100,19 @@ def view(automaton: Automaton, without_sink: bool) -> View:
     return View(moves, automaton.start, sink)
 
 
+class Event(NamedTuple):
+    """A letter where the layers below know c."""
+
+    c: int
+    x: int
+    after: int
+    """what they know afterwards"""
+    image: dict[int, int]
+    """where each possible state goes, those that do not die"""
+    values: frozenset[int]
+    """the states that they go to"""
+
+
 @dataclass(frozen=True)
 class Knowledge:
     """What layers know: an automaton, and for each of its states the automaton's states that are still possible."""
@@ -90,6 +120,19 @@ class Knowledge:
     moves: list[list[int | None]]
     start: int
     possible: list[frozenset[int]]
+    _events: list[Event] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def events(self, seen: View) -> list[Event]:
+        """Return the events that some word leads to; made once, all layers tried on this knowledge ask for them."""
+        if not self._events:
+            columns = list(zip(*seen.moves, strict=True))
+            for c, (row, states) in enumerate(zip(self.moves, self.possible, strict=True)):
+                for x, d in enumerate(row):
+                    if d is not None:
+                        column = columns[x]
+                        image = {q: r for q in states if (r := column[q]) is not None}
+                        self._events.append(Event(c, x, d, image, frozenset(image.values())))
+        return self._events
 
     @property
     def size(self) -> int:
@@ -118,6 +161,9 @@ class Map(NamedTuple):
     to: dict[int, int]
 
 
+NOTHING = Map({})
+
+
 class Reset(NamedTuple):
     """Every label, and what was lost, becomes this one (LOST: the zero vector)."""
 
@@ -137,11 +183,6 @@ class Block:
         """The most labels it needs at once."""
         return max(len(labels) for labels in self.labels)
 
-    def step(self, c: int, x: int, y: int) -> int:
-        """Return the label after event (c, x)."""
-        event = self.events[c, x]
-        return event.label if isinstance(event, Reset) else event.to.get(y, LOST)
-
 
 @dataclass(frozen=True)
 class Register:
@@ -154,10 +195,6 @@ class Register:
     def size(self) -> int:
         """A rough width, for comparing plans before they have weights."""
         return 4 * self.length
-
-    def step(self, c: int, x: int, y: tuple[int, ...]) -> tuple[int, ...]:  # noqa: ARG002
-        """Return the label after event (c, x)."""
-        return (*y, x)[-self.length :]
 
 
 @dataclass
@@ -175,62 +212,72 @@ class Layer:
 
     def step(self, c: int, x: int, labels: tuple) -> tuple:
         """Return the labels after event (c, x)."""
-        return tuple(block.step(c, x, y) for block, y in zip(self.blocks, labels, strict=True))
+        if len(labels) == 1 and isinstance(only := self.blocks[0], Block):  # as below, faster
+            event = only.events[c, x]
+            return (event.label if isinstance(event, Reset) else event.to.get(labels[0], LOST),)
+        after = []
+        for block, y in zip(self.blocks, labels, strict=True):
+            if isinstance(block, Register):
+                after.append((*y, x)[-block.length :])
+            else:
+                event = block.events[c, x]
+                after.append(event.label if isinstance(event, Reset) else event.to.get(y, LOST))
+        return tuple(after)
 
 
-def extend(seen: View, known: Knowledge, layer: Layer, cap: int = 20_000) -> Knowledge:
-    """Return what is known with `layer` on top, minimised, and fill the layer's table."""
+def extend(seen: View, known: Knowledge, layer: Layer, cap: int = 20_000, limit: Limit = NO_LIMIT) -> Knowledge:
+    """Return what is known with `layer` on top, minimised, and fill the layer's table. Raises TooLarge."""
+    states, letters = len(seen.moves), range(seen.letters)
+    live = [[(x, r) for x, r in enumerate(row) if r is not None] for row in seen.moves]
     start = (known.start, layer.start)
-    number, nodes = {start: 0}, [start]
-    possible: list[set[int]] = [{seen.start}]
-    moves: dict[tuple[int, int], int] = {}
-    todo, met = [(0, seen.start)], {(0, seen.start)}
+    number, nodes, possible = {start: 0}, [start], [{seen.start}]
+    rows: list[list[int | None]] = [[None for _ in letters]]
+    todo, met = [(0, seen.start)], {seen.start}  # pairs of node i and state q; i * states + q
     while todo:
         i, q = todo.pop()
-        c, labels = nodes[i]
-        for x, r in enumerate(seen.moves[q]):
-            if r is None:
-                continue
-            j = moves.get((i, x))
+        row = rows[i]
+        for x, r in live[q]:
+            j = row[x]
             if j is None:
+                c, labels = nodes[i]
                 below = known.moves[c][x]
                 assert below is not None, "the knowledge below follows every live word"
                 node = (below, layer.step(c, x, labels))
-                j = number.get(node)
-                if j is None:
-                    j = number[node] = len(nodes)
+                j = row[x] = number.setdefault(node, len(nodes))
+                if j == len(nodes):
                     nodes.append(node)
                     possible.append(set())
-                    if len(nodes) > cap:
+                    rows.append([None for _ in letters])
+                    if j >= cap:
                         raise TooLarge
-                moves[i, x] = j
-            if (j, r) not in met:
-                met.add((j, r))
+                    if j % 64 == 0:
+                        limit.check()
+            if j * states + r not in met:
+                met.add(j * states + r)
                 possible[j].add(r)
                 todo.append((j, r))
-    table = [[moves.get((i, x)) for x in range(seen.letters)] for i in range(len(nodes))]
-    classes, count = _bisimilar(table, [frozenset(states) for states in possible])
+    sets = [frozenset(some) for some in possible]
+    classes, count = _bisimilar(rows, sets, limit)
     merged_moves: list[list[int | None]] = [[] for _ in range(count)]
     merged_possible: list[frozenset[int]] = [frozenset()] * count
-    for i, row in enumerate(table):
-        merged_moves[classes[i]] = [None if j is None else classes[j] for j in row]
-        merged_possible[classes[i]] = frozenset(possible[i])
+    for i, row in enumerate(rows):
+        if not merged_moves[classes[i]]:
+            merged_moves[classes[i]] = [None if j is None else classes[j] for j in row]
+            merged_possible[classes[i]] = sets[i]
     layer.table = dict(zip(nodes, classes, strict=True))
     return Knowledge(merged_moves, classes[0], merged_possible)
 
 
-def _bisimilar(table: list[list[int | None]], possible: list[frozenset[int]]) -> tuple[list[int], int]:
+def _bisimilar(table: list[list[int | None]], possible: list[frozenset[int]], limit: Limit) -> tuple[list[int], int]:
     """Number the classes of states with the same possible states, now and after every word."""
     names: dict[frozenset[int], int] = {}
-    label = [names.setdefault(states, len(names)) for states in possible]
-    count = len(names)
+    label = [*(names.setdefault(states, len(names)) for states in possible), -1]  # the last for None
+    count, nowhere = len(names), len(table)
+    after = [itemgetter(i, *(nowhere if j is None else j for j in row)) for i, row in enumerate(table)]
     while True:
+        limit.check()
         signatures: dict[tuple[int, ...], int] = {}
-        refined = []
-        for i, row in enumerate(table):
-            signature = (label[i], *(-1 if j is None else label[j] for j in row))
-            refined.append(signatures.setdefault(signature, len(signatures)))
-        label = refined
+        label = [*(signatures.setdefault(labels(label), len(signatures)) for labels in after), -1]
         if len(signatures) == count:
-            return label, count
+            return label[:-1], count
         count = len(signatures)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +240,7 @@ def _to_json(b: Blueprint) -> dict[str, Any]:
 def _stage_to_json(stage: Stage) -> dict[str, Any]:
     heads = [
         {
-            **head.__dict__,
+            **{field.name: getattr(head, field.name) for field in fields(head) if field.init},
             "start": [sorted(ones) for ones in head.start],
             "operations": [[op.cycles, op.clears, sorted(op.writes)] for op in head.operations],
         }

@@ -7,10 +7,9 @@ preimages under all events must be in the family, overlapping sets are joined, a
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 
-from statetrack.compiler.cascade import LOST, Block, Knowledge, Layer, Map, Reset, View
+from statetrack.compiler.cascade import LOST, NO_LIMIT, Block, Knowledge, Layer, Limit, Map, Reset, View
 
 Family = list[list[frozenset[int]]]  # disjoint sets, for every state of the knowledge
 Key = tuple[int, int]  # an event: knowledge, letter
@@ -19,26 +18,17 @@ Images = dict[Key, dict[int, int]]
 MOST_SEEDS, MOST_STEPS, MOST_PAIRS = 400, 4000, 60_000
 
 
-def cut(seen: View, known: Knowledge, deadline: float = float("inf")) -> Layer | None:
+def cut(seen: View, known: Knowledge, limit: Limit = NO_LIMIT) -> Layer | None:
     """Return blocks that together tell apart as much as all that were found; None if there are none."""
-    images = _images(seen, known)
-    families = _families(known, images, deadline)
+    images = {(c, x): image for c, x, _, image, _ in known.events(seen) if image}
+    families = _families(known, images, limit)
     if not families:
         return None
     chosen = _cover(known, families)
     return Layer("cut", [_block(seen.start, known, images, families[i]) for i in chosen]) if chosen else None
 
 
-def _images(seen: View, known: Knowledge) -> Images:
-    images = {}
-    for c, row in enumerate(known.moves):
-        for x, d in enumerate(row):
-            if d is not None and (image := seen.image(known.possible[c], x)):
-                images[c, x] = image
-    return images
-
-
-def _families(known: Knowledge, images: Images, deadline: float) -> list[Family]:
+def _families(known: Knowledge, images: Images, limit: Limit) -> list[Family]:
     into: list[list[Key]] = [[] for _ in range(known.size)]
     for c, x in images:
         d = known.moves[c][x]
@@ -54,7 +44,7 @@ def _families(known: Knowledge, images: Images, deadline: float) -> list[Family]
             seeds[d, values] = None
     found: dict[tuple, Family] = {}
     for c, states in list(seeds)[:MOST_SEEDS]:
-        if time.monotonic() > deadline:
+        if limit.passed:
             break
         family = _close(known, images, into, c, states)
         if family is None or _trivial(known, family) or not _acts(known, images, family):

@@ -12,9 +12,22 @@ all<k>    all of these side by side, and the last k letters; pruned afterwards
 
 from __future__ import annotations
 
-import time
+from statetrack.compiler.cascade import (
+    LOST,
+    NO_LIMIT,
+    NOTHING,
+    Block,
+    Knowledge,
+    Layer,
+    Limit,
+    Map,
+    Register,
+    Reset,
+    TooLarge,
+    View,
+)
 
-from statetrack.compiler.cascade import LOST, Block, Knowledge, Layer, Map, Register, Reset, TooLarge, View
+_Move = tuple[int, int, dict[int, int], frozenset[int], bool]  # letter, next c, image, its values, if the identity
 
 
 def peel(seen: View, known: Knowledge, resets: bool = True) -> Layer | None:
@@ -24,16 +37,15 @@ def peel(seen: View, known: Knowledge, resets: bool = True) -> Layer | None:
         sorted(states - lossy[c]) if len(lossy[c]) == 1 else sorted(states) for c, states in enumerate(known.possible)
     ]
     events: dict[tuple[int, int], Map | Reset] = {}
-    for c, x, d in _moves(known):
-        image = seen.image(known.possible[c], x)
-        if not resets and len(set(image.values())) < len(image):
+    kept_at = [set(some) for some in labels]
+    for c, x, d, image, targets in known.events(seen):
+        if not resets and len(targets) < len(image):
             return None
-        kept = set(labels[d])
-        targets = set(image.values())
+        kept = kept_at[d]
         if not image:
-            events[c, x] = Map({})
+            events[c, x] = NOTHING
         elif resets and len(targets) == 1:
-            target = targets.pop()
+            (target,) = targets
             source = next(iter(image))
             if len(image) == 1 and source not in lossy[c]:  # surely tracked: a map is cheaper than a reset
                 events[c, x] = Map({source: target} if target in kept else {})
@@ -49,9 +61,8 @@ def _possibly_lost(seen: View, known: Knowledge, resets: bool) -> list[set[int]]
     """Return the states that, at each state of the knowledge, the layer may have lost: the least fixed point."""
     lossy: list[set[int]] = [set() for _ in range(known.size)]
     maps = []
-    for c, x, d in _moves(known):
-        image = seen.image(known.possible[c], x)
-        if not image or (resets and len(set(image.values())) == 1):
+    for c, _, d, image, targets in known.events(seen):
+        if not image or (resets and len(targets) == 1):
             continue
         maps.append((c, d, image))
         lossy[d] |= _merged(image)
@@ -84,40 +95,30 @@ def _survivors(image: dict[int, int], labels: list[int], kept: set[int]) -> dict
     return to
 
 
-def _moves(known: Knowledge) -> list[tuple[int, int, int]]:
-    """List the events and where they lead: (c, x, next c)."""
-    return [(c, x, d) for c, row in enumerate(known.moves) for x, d in enumerate(row) if d is not None]
-
-
-Event = tuple[int, int, dict[int, int], frozenset[int]]  # letter, next c, image, the set of its values
-
-
 def tiles(
-    seen: View, known: Knowledge, carry: bool, cap: int = 200, total: int = 2500, deadline: float = float("inf")
+    seen: View, known: Knowledge, carry: bool, cap: int = 200, total: int = 2500, limit: Limit = NO_LIMIT
 ) -> Layer:
     """Remember a set of states that holds the automaton's: the image of the last event (EM), or carried along (TR)."""
-    out: list[list[Event]] = [[] for _ in range(known.size)]
-    for c, x, d in _moves(known):
-        image = seen.image(known.possible[c], x)
+    out: list[list[_Move]] = [[] for _ in range(known.size)]
+    for c, x, d, image, whole in known.events(seen):
         if image:
-            out[c].append((x, d, image, frozenset(image.values())))
+            out[c].append((x, d, image, whole, all(q == r for q, r in image.items())))
     forced: set[tuple[int, int]] = set()  # events that must reset: carrying would merge two tiles
     for _ in range(25):
-        if time.monotonic() > deadline:
-            break
+        limit.check()
         found, clashes = _grow_tiles(seen, known, out, carry, forced, cap, total)
         if not clashes:
-            return _tile_layer(known, out, found, carry, forced, seen.start)
+            return _tile_layer(seen, known, out, found, carry, forced)
         forced |= clashes
     raise TooLarge
 
 
-def _moved_tile(tile: frozenset[int], event: Event, carried: bool, identity_only: bool) -> frozenset[int]:
+def _moved_tile(tile: frozenset[int], event: _Move, carried: bool, identity_only: bool) -> frozenset[int]:
     """Return a tile after an event (empty if it dies)."""
-    _, _, image, whole = event
+    _, _, image, whole, identity = event
     if identity_only:
-        return tile if all(q == r for q, r in image.items()) else whole
-    return frozenset(image[q] for q in tile if q in image) if carried and len(whole) > 1 else whole
+        return tile if identity else whole
+    return frozenset([image[q] for q in tile if q in image]) if carried and len(whole) > 1 else whole
 
 
 def _grow_tiles(seen, known, out, carry, forced, cap, total):
@@ -131,7 +132,7 @@ def _grow_tiles(seen, known, out, carry, forced, cap, total):
     while todo:
         c, tile = todo.pop()
         for event in out[c]:
-            x, d, _, whole = event
+            x, d, _, whole, _ = event
             carried = carry and (c, x) not in forced and (c, x) not in clashes and len(whole) > 1
             moved = _moved_tile(tile, event, carried, not carry)
             if not moved:
@@ -148,37 +149,36 @@ def _grow_tiles(seen, known, out, carry, forced, cap, total):
     return found, clashes
 
 
-def _tile_layer(known, out, found, carry, forced, start) -> Layer:
+def _tile_layer(seen, known, out, found, carry, forced) -> Layer:
     names: dict[frozenset[int], int] = {}
 
     def name(tile: frozenset[int]) -> int:
         return names.setdefault(tile, len(names))
 
     labels = [[name(t) for t in sorted(tiles, key=lambda t: (len(t), sorted(t)))] for tiles in found]
-    events: dict[tuple[int, int], Map | Reset] = {(c, x): Map({}) for c, x, _ in _moves(known)}
+    events: dict[tuple[int, int], Map | Reset] = {(c, x): NOTHING for c, x, *_ in known.events(seen)}
     for c, row in enumerate(out):
         for event in row:
-            x, _, image, whole = event
-            if not carry and all(q == r for q, r in image.items()):
+            x, _, _, whole, identity = event
+            if not carry and identity:
                 events[c, x] = Map({name(t): name(t) for t in found[c]})
             elif carry and (c, x) not in forced and len(whole) > 1:
                 moved = ((t, _moved_tile(t, event, True, False)) for t in found[c])
                 events[c, x] = Map({name(t): name(m) for t, m in moved if m})
             else:
                 events[c, x] = Reset(name(whole))
-    return Layer("TR" if carry else "EM", [Block(labels, events, name(frozenset([start])))])
+    return Layer("TR" if carry else "EM", [Block(labels, events, name(frozenset([seen.start])))])
 
 
 def zeiger(seen: View, known: Knowledge) -> Layer:
     """Remember a state that the automaton is not in, so that one fewer is possible (Zeiger; Ginzburg 1968, ch. 3)."""
     events: dict[tuple[int, int], Map | Reset] = {}
-    for c, x, d in _moves(known):
-        image = seen.image(known.possible[c], x)
-        missed = sorted(known.possible[d] - set(image.values()))
+    for c, x, d, image, values in known.events(seen):
+        missed = known.possible[d] - values
         if not image:
-            events[c, x] = Map({})
+            events[c, x] = NOTHING
         elif missed:
-            events[c, x] = Reset(missed[0])
+            events[c, x] = Reset(min(missed))
         else:
             merged = _merged(image)
             events[c, x] = Map({q: r for q, r in image.items() if r not in merged})
@@ -194,4 +194,4 @@ def suffix(length: int) -> Layer:
 
 def can_end(seen: View, known: Knowledge) -> bool:
     """Whether a last layer may be a partial injection whose zero vector means death: no event merges live states."""
-    return all(not _merged(seen.image(known.possible[c], x)) for c, x, _ in _moves(known))
+    return all(len(values) == len(image) for _, _, _, image, values in known.events(seen))

@@ -60,12 +60,16 @@ class Head:
     letters: list[list[int]]
     operations: list[Operation] = field(default_factory=lambda: [IDENTITY])
     register: bool = False
+    _numbers: dict[Operation, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def number(self, operation: Operation) -> int:
         """Return the operation's number, a new one if it is new."""
-        if operation not in self.operations:
+        for known in self.operations[len(self._numbers) :]:
+            self._numbers[known] = len(self._numbers)
+        found = self._numbers.setdefault(operation, len(self.operations))
+        if found == len(self.operations):
             self.operations.append(operation)
-        return self.operations.index(operation)
+        return found
 
 
 @dataclass(frozen=True)

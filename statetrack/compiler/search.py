@@ -16,6 +16,7 @@ from statetrack.compiler.cascade import (
     Block,
     Knowledge,
     Layer,
+    Limit,
     Register,
     TooLarge,
     View,
@@ -28,9 +29,15 @@ from statetrack.compiler.cuts import cut
 from statetrack.compiler.kinds import can_end, peel, suffix, tiles, zeiger
 
 CHEAP = ("peel", "EM", "TR", "zei")
+CHEAP_STAGE = (*CHEAP, "suf")
 WIDE = ("all", "all1", "all2", "all3")
 MOST_LAYERS, MOST_KNOWN, LONGEST_SUFFIX, BEAM = 6, 6000, 8, 10
 FEW = 10  # plans of one depth that are pruned and compared
+QUICK_SECONDS, QUICK_STATES, MOST_QUICK_SECONDS = 0.8, 128, 10.0
+"""Processor time of the cheap kinds, for automata of up to so many states, growing with their square up to the most;
+what needs more falls back to Zeiger's chain."""
+GROWTH = 0.9  # of the time; the rest is for pruning and assembly
+PRUNING_SECONDS = 3.0  # for one plan
 
 
 @dataclass(frozen=True)
@@ -73,19 +80,17 @@ def find_plans(
     window: tokens that the first layer sees, 0 or 1 for the current one only. timeout: seconds for the wide kinds; 0
     leaves them out. deeper: also return plans with more layers than necessary. report: called with what is tried.
     """
-    began = time.monotonic()
-    quick = _Search(automaton, window, [CHEAP_STAGE], began + max(timeout / 2, QUICK_SECONDS), report)
-    plans = quick.run(MOST_LAYERS, deeper)
-    if not timeout:
-        return plans, quick.late
-    most = min((plan.depth for plan in plans), default=MOST_LAYERS)
-    search = _Search(automaton, window, [CHEAP_STAGE, ("cut",), WIDE], began + timeout, report)
-    plans += search.run(most, deeper)
+    end = Limit(timeout)
+    seconds = min(MOST_QUICK_SECONDS, QUICK_SECONDS * max(1.0, automaton.states / QUICK_STATES) ** 2)
+    quick = Limit(max(seconds, timeout / 4), time.thread_time)
+    search = _Search(automaton, window, [CHEAP_STAGE], quick, quick, report)
+    plans = search.run(MOST_LAYERS, deeper)
+    if timeout:
+        most = min((plan.depth for plan in plans), default=MOST_LAYERS)
+        growth = end.within(GROWTH * timeout)
+        search = _Search(automaton, window, [CHEAP_STAGE, ("cut",), WIDE], growth, end, report)
+        plans += search.run(most, deeper)
     return sorted(plans, key=lambda plan: (plan.depth, plan.size)), search.late
-
-
-CHEAP_STAGE = (*CHEAP, "suf")
-QUICK_SECONDS = 10.0  # most need less than one; what needs more falls back to Zeiger's chain
 
 
 class _Search:
@@ -96,10 +101,12 @@ class _Search:
         automaton: Automaton,
         window: int,
         stages: list[tuple[str, ...]],
-        deadline: float,
+        limit: Limit,
+        end: Limit,
         report: Callable[[str], None],
     ):
-        self.stages, self.deadline, self.report = stages, deadline, report
+        self.stages, self.report = stages, report
+        self.limit, self.end = limit, end  # of growing, and of all, pruning included
         self.late = False
         self.twins: list[_Partial] = []
         """cuts that know no more than another cascade, but may take fewer factors: not built upon, only completed"""
@@ -110,7 +117,7 @@ class _Search:
             try:
                 if window > 1:
                     register = suffix(window - 1)
-                    known = extend(seen, known, register, MOST_KNOWN)
+                    known = extend(seen, known, register, MOST_KNOWN, limit)
             except TooLarge:
                 continue
             self.roots.append(_Partial(seen, register, (), (known,)))
@@ -148,7 +155,7 @@ class _Search:
         for partials, grown, seen_before in zip(level, following, met, strict=True):
             for partial in partials:
                 for kind in kinds:
-                    if time.monotonic() > self.deadline:
+                    if self.limit.passed:
                         self.late = True
                         return
                     self.report(f"layer {len(partial.layers) + 1}: {kind}")
@@ -168,8 +175,8 @@ class _Search:
         if kind[:3] in ("suf", "all") and kind != "all" and (partial.layers or partial.window):
             return None
         try:
-            layer = make_layer(kind, partial.seen, partial.known[-1], self.deadline)
-            return None if layer is None else partial.with_layer(layer)
+            layer = make_layer(kind, partial.seen, partial.known[-1], self.limit)
+            return None if layer is None else partial.with_layer(layer, self.limit)
         except TooLarge:
             return None
 
@@ -183,7 +190,7 @@ class _Search:
         if can_end(seen, known):
             layer = peel(seen, known, resets=False)
             try:
-                last = None if layer is None else partial.with_layer(layer)
+                last = None if layer is None else partial.with_layer(layer, self.end)
             except TooLarge:
                 last = None
             if last is not None and last.known[-1].width <= 1:
@@ -192,14 +199,17 @@ class _Search:
             yield partial.plan(latch=True)
 
     def _pruned(self, plan: Plan) -> Plan:
-        """Drop blocks that the same depth does not need, the widest first."""
-        deadline = time.monotonic() + 3
+        """Drop blocks that the same depth does not need, the widest first, while there is time."""
+        limit = self.end.within(PRUNING_SECONDS)
         for i in range(len(plan.layers)):
             kept = 0
-            while kept < len(plan.layers[i].blocks) > 1 and time.monotonic() < deadline:
+            while kept < len(plan.layers[i].blocks) > 1:
+                if limit.passed:
+                    self.late |= self.end.passed
+                    return plan
                 blocks = plan.layers[i].blocks
                 order = sorted(range(len(blocks)), key=lambda b: -blocks[b].size)
-                smaller = _rebuilt(plan, i, [block for b, block in enumerate(blocks) if b != order[kept]], deadline)
+                smaller = _rebuilt(plan, i, [block for b, block in enumerate(blocks) if b != order[kept]], limit)
                 if smaller is None:
                     kept += 1
                 else:
@@ -214,9 +224,9 @@ class _Partial:
     layers: tuple[Layer, ...]
     known: tuple[Knowledge, ...]
 
-    def with_layer(self, layer: Layer) -> _Partial:
-        """Return the cascade with one more layer."""
-        known = extend(self.seen, self.known[-1], layer, MOST_KNOWN)
+    def with_layer(self, layer: Layer, limit: Limit) -> _Partial:
+        """Return the cascade with one more layer. Raises TooLarge."""
+        known = extend(self.seen, self.known[-1], layer, MOST_KNOWN, limit)
         return _Partial(self.seen, self.window, (*self.layers, layer), (*self.known, known))
 
     def plan(self, latch: bool) -> Plan:
@@ -224,15 +234,15 @@ class _Partial:
         return Plan(self.seen, self.window, self.layers, self.known, latch)
 
 
-def make_layer(kind: str, seen: View, known: Knowledge, deadline: float) -> Layer | None:
+def make_layer(kind: str, seen: View, known: Knowledge, limit: Limit) -> Layer | None:
     """Return a layer of a kind by its name; None where it does not apply. Raises TooLarge."""
     fixed: dict[str, Callable[[], Layer | None]] = {
         "peel": lambda: peel(seen, known),
         "inj": lambda: peel(seen, known, resets=False) if can_end(seen, known) else None,
-        "EM": lambda: tiles(seen, known, carry=False, deadline=deadline),
-        "TR": lambda: tiles(seen, known, carry=True, deadline=deadline),
+        "EM": lambda: tiles(seen, known, carry=False, limit=limit),
+        "TR": lambda: tiles(seen, known, carry=True, limit=limit),
         "zei": lambda: zeiger(seen, known),
-        "cut": lambda: cut(seen, known, deadline),
+        "cut": lambda: cut(seen, known, limit),
     }
     if kind in fixed:
         return fixed[kind]()
@@ -249,16 +259,16 @@ def make_layer(kind: str, seen: View, known: Knowledge, deadline: float) -> Laye
     return Layer(kind, [*blocks, Register(length)] if length else blocks) if blocks else None
 
 
-def _rebuilt(plan: Plan, i: int, blocks: list[Block | Register], deadline: float) -> Plan | None:
+def _rebuilt(plan: Plan, i: int, blocks: list[Block | Register], limit: Limit) -> Plan | None:
     """Return the plan with other blocks in layer i and the layers above made anew; None where it is not complete."""
     partial = _Partial(plan.seen, plan.window, plan.layers[:i], plan.known[: i + 1])
     try:
-        partial = partial.with_layer(Layer(plan.layers[i].kind, blocks))
+        partial = partial.with_layer(Layer(plan.layers[i].kind, blocks), limit)
         for above in plan.layers[i + 1 :]:
-            layer = make_layer(above.kind, plan.seen, partial.known[-1], deadline)
+            layer = make_layer(above.kind, plan.seen, partial.known[-1], limit)
             if layer is None:
                 return None
-            partial = partial.with_layer(layer)
+            partial = partial.with_layer(layer, limit)
     except TooLarge:
         return None
     return partial.plan(plan.latch) if partial.known[-1].width <= 1 else None
