@@ -69,6 +69,34 @@ def dot_both(hi, lo, b_hi, b_lo, TERMS: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _mul3(a, b, EXACT: tl.constexpr):
+    """Return a b for float32 tiles, to about 2^-17 (bf16 mode) or 2^-22."""
+    a_hi, a_lo = split(a, EXACT)
+    b_hi, b_lo = split(b, EXACT)
+    return dot_both(a_hi, a_lo, b_hi, b_lo, 2, EXACT)
+
+
+@triton.jit
+def unit_lower_inverse(A, EXACT: tl.constexpr):
+    """Return (I + A)^-1 for a strictly lower triangular [64 64] tile: substitution in 16-row blocks, then in pairs."""
+    i = tl.arange(0, 64)
+    r = tl.arange(0, 16)
+    block = tl.arange(0, 4)
+    same = block[:, None, None, None] == block[None, None, :, None]
+    small = tl.sum(tl.where(same, tl.reshape(A, (4, 16, 4, 16)), 0.0), 2)  # [4 16 16]
+    inv = tl.where(r[None, :, None] == r[None, None, :], 1.0, 0.0) + tl.zeros_like(small)
+    for c in tl.static_range(15):
+        column = tl.sum(tl.where(r[None, None, :] == c, small, 0.0), 2)
+        row = tl.sum(tl.where(r[None, :, None] == c, inv, 0.0), 1)
+        inv -= column[:, :, None] * row[:, None, :]
+    X = tl.reshape(tl.where(same, inv[:, :, None, :], 0.0), (64, 64))
+    pair = (i[:, None] // 32 == i[None, :] // 32) & (i[:, None] // 16 != i[None, :] // 16)
+    X -= _mul3(X, _mul3(tl.where(pair, A, 0.0), X, EXACT), EXACT)
+    rest = i[:, None] // 32 != i[None, :] // 32
+    return X - _mul3(X, _mul3(tl.where(rest, A, 0.0), X, EXACT), EXACT)
+
+
+@triton.jit
 def operand(x, EXACT: tl.constexpr):
     """Return a stored tile in the type that the products take; exact."""
     if EXACT:

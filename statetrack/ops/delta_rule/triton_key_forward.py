@@ -26,8 +26,8 @@ a workspace. In a workspace `Rows` [slots H 3|5 64 BK] holds in, out, query and 
 import triton
 import triton.language as tl
 
-from statetrack.ops.delta_rule.triton_forward import CUT, _unit_lower_inverse, power
-from statetrack.ops.triton_common import chunk_of, dot, dot_add, dot_both, span, split, stretch
+from statetrack.ops.delta_rule.triton_forward import CUT, power
+from statetrack.ops.triton_common import chunk_of, dot, dot_add, dot_both, span, split, stretch, unit_lower_inverse
 
 
 @triton.jit
@@ -187,7 +187,7 @@ def prepare_keys(
             tl.store(rows + 4 * 64 * BK, out_lo)
         tl.store(total + out * BK + d, tl.exp(last_hi + last_lo))
     A *= w[:, None] if BACKWARD else w[None, :]
-    X = _unit_lower_inverse(tl.where(i[:, None] > i[None, :], A, 0.0), EXACT)
+    X = unit_lower_inverse(tl.where(i[:, None] > i[None, :], A, 0.0), EXACT)
     x_hi, x_lo = split(X, EXACT)
     tl.store(Squares, x_hi)
     tl.store(Squares + 4096, tl.where(i[:, None] >= i[None, :], P, 0.0).to(Squares.dtype.element_ty))

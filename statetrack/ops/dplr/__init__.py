@@ -21,7 +21,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from statetrack.errors import UsageError
-from statetrack.ops.checks import check_backend, check_same_dtype, check_shape, check_tensors, sequence_lengths
+from statetrack.ops.checks import (
+    TRITON_INSTALLED,
+    TRITON_INTERPRETED,
+    check_backend,
+    check_same_dtype,
+    check_shape,
+    check_tensors,
+    sequence_lengths,
+)
 from statetrack.ops.dplr.chunk import dplr_chunk
 from statetrack.ops.dplr.reference import dplr_reference
 from statetrack.ops.layout import untraced_if_packed
@@ -56,7 +64,8 @@ def dplr(
         scale: factor of the output. Default: K ** -0.5.
         initial_state: state before the first token, one per sequence (S = B, or the number of packed sequences).
         cu_seqlens: offsets [0, ..., T] of sequences packed along T; needs B = 1.
-        backend: "reference" (the definition), "chunk" (fast, CPU and GPU) or "auto".
+        backend: "reference" (the definition), "chunk" (fast, CPU and GPU), "triton" (GPU kernels), or "auto", the
+            fastest that takes the inputs.
 
     Returns:
         o in the dtype of v, and the state after each sequence's last token in float32 (float64 for float64 inputs).
@@ -64,7 +73,7 @@ def dplr(
     Raises:
         UsageError: a shape, dtype, device, cu_seqlens or backend that does not fit.
     """
-    check_backend(backend, ("reference", "chunk"))
+    check_backend(backend, ("reference", "chunk", "triton"))
     check_tensors(q=q, k=k, v=v, a=a, b=b, log_decay=log_decay, initial_state=initial_state)
     lengths = _check_shapes(q, k, v, a, b, log_decay, initial_state, cu_seqlens)
     check_same_dtype(q=q, k=k, v=v)
@@ -76,12 +85,35 @@ def dplr(
         scale = float(q.shape[-1] ** -0.5)
     if log_decay is None:
         log_decay = torch.zeros_like(a)
+    if backend == "triton" or (backend == "auto" and q.is_cuda):
+        reason = _not_for_triton(q, v, a, b, log_decay)
+        if reason is None:
+            from statetrack.ops.dplr.triton import dplr_triton
+
+            return dplr_triton(q, k, v, a, b, log_decay, scale, initial_state, lengths)
+        if backend == "triton":
+            raise UsageError(f'backend="triton" {reason}; use backend="chunk"')
     one_token = cu_seqlens is None and q.shape[1] == 1  # decoding: nothing to put into chunks
     if backend == "reference" or (backend == "auto" and one_token):
         q, k, a, b, log_decay = (x.to(compute) for x in (q, k, a, b, log_decay))
         o, state = dplr_reference(q, k, v.to(compute), a, b, log_decay, scale, initial_state, lengths)
         return o.to(v.dtype), state
     return dplr_chunk(q, k, v, a, b, log_decay, scale, initial_state, lengths)
+
+
+def _not_for_triton(q, v, a, b, log_decay) -> str | None:
+    """Return why the Triton kernels cannot run on these inputs, or None if they can."""
+    if not TRITON_INSTALLED:
+        return "needs Triton, which is not installed (pip install 'statetrack[gpu]')"
+    if not q.is_cuda and not TRITON_INTERPRETED:
+        return f"needs tensors on a CUDA device, got {q.device}"
+    if torch.float64 in (v.dtype, a.dtype, b.dtype, log_decay.dtype):
+        return "does not take float64"
+    if q.shape[-1] > 128 or v.shape[-1] > 256:
+        return f"takes K up to 128 and V up to 256, got K = {q.shape[-1]}, V = {v.shape[-1]}"
+    if v.numel() >= 2**34 or q.shape[1] >= 2**31:
+        return f"takes fewer than 2^34 values and 2^31 tokens, got {v.numel()} and {q.shape[1]}"
+    return None
 
 
 def _check_shapes(q, k, v, a, b, log_decay, initial_state, cu_seqlens) -> list[int]:

@@ -30,31 +30,7 @@ import triton
 import triton.language as tl
 
 from statetrack.ops.triton_common import chunk_of, dot, dot_add, operand, span, split
-
-LEVELS = tl.constexpr(6)  # of chunks of 64
-
-
-@triton.jit
-def _other(x):
-    """Exchange the two halves of every node, [nodes 2 h width]."""
-    bits = x.to(tl.int32, bitcast=True)
-    return (tl.sum(bits, 1)[:, None] - bits).to(tl.float32, bitcast=True)  # exact: integers wrap
-
-
-@triton.jit
-def _sibling(x, h: tl.constexpr):
-    """Return what the sibling's rows hold of x [C width], constant within halves of h rows."""
-    C: tl.constexpr = x.shape[0]
-    return tl.reshape(_other(tl.reshape(x, (C // (2 * h), 2, h, x.shape[1]))), x.shape)
-
-
-@triton.jit
-def _sibling_sum(x, h: tl.constexpr):
-    """Return in every row of x [C width] the sum over the sibling's rows."""
-    C: tl.constexpr = x.shape[0]
-    halves = tl.sum(tl.reshape(x, (C // (2 * h), 2, h, x.shape[1])), 2)[:, :, None]
-    spread = tl.broadcast_to(_other(halves), (C // (2 * h), 2, h, x.shape[1]))
-    return tl.reshape(spread, x.shape)
+from statetrack.ops.triton_tree import LEVELS, sibling, sibling_sum, toward_middle
 
 
 @triton.jit
@@ -88,7 +64,7 @@ def prepare_key(
             right = ((i >> level) & 1 == 1)[:, None]
             m = tl.where(right, qt * before, kt * after).to(k_hi.dtype.element_ty)
             scores += tl.where(apart >> level == 1, dot(m, tl.trans(m), EXACT), 0.0)
-            f = _sibling(whole, 1 << level)
+            f = sibling(whole, 1 << level)
             before = tl.where(right, before * f, before)
             after = tl.where(right, after, after * f)
             whole *= f
@@ -105,25 +81,6 @@ def prepare_key(
 
 
 @triton.jit
-def _toward_middle(a, f1, f2, f4, f8, f16, level: tl.constexpr):
-    """Return the products of the decays between each row and the middle of its node at this level, f's those below."""
-    i = tl.arange(0, a.shape[0])
-    side = ((i >> level) & 1)[:, None]
-    e = tl.where(side == 1, a, 1.0)
-    if level > 0:
-        e *= tl.where((i & 1)[:, None] == side, f1, 1.0)
-    if level > 1:
-        e *= tl.where(((i >> 1) & 1)[:, None] == side, f2, 1.0)
-    if level > 2:
-        e *= tl.where(((i >> 2) & 1)[:, None] == side, f4, 1.0)
-    if level > 3:
-        e *= tl.where(((i >> 3) & 1)[:, None] == side, f8, 1.0)
-    if level > 4:
-        e *= tl.where(((i >> 4) & 1)[:, None] == side, f16, 1.0)
-    return e
-
-
-@triton.jit
 def _descend(qt, kt, e, f, dP, seen, wanted, carried, low, level: tl.constexpr, EXACT: tl.constexpr):
     """Pass R (seen), W (wanted) and c (carried) from the nodes of one level to their halves."""
     i = tl.arange(0, qt.shape[0])
@@ -132,7 +89,7 @@ def _descend(qt, kt, e, f, dP, seen, wanted, carried, low, level: tl.constexpr, 
     m = tl.where(right, qt, kt) * e
     here = tl.where(right, seen, wanted)
     crossing = dot(tl.where(apart >> level == 1, dP, 0.0).to(low), m.to(low), EXACT)
-    carried = f * carried + _sibling_sum(m * here, 1 << level)
+    carried = f * carried + sibling_sum(m * here, 1 << level)
     here = f * here + crossing
     return tl.where(right, here, seen), tl.where(right, wanted, here), carried
 
@@ -184,29 +141,29 @@ def gather_key(
     kt = tl.load(k + shared, mask=alive, other=0.0).to(tl.float32)
     at = (token * HV + h) * K + ((i * (HV * K))[:, None] + d[None, :])
     a = tl.load(decay + at, mask=alive, other=1.0).to(tl.float32)
-    f1 = _sibling(a, 1)
+    f1 = sibling(a, 1)
     whole = a * f1
-    f2 = _sibling(whole, 2)
+    f2 = sibling(whole, 2)
     whole *= f2
-    f4 = _sibling(whole, 4)
+    f4 = sibling(whole, 4)
     whole *= f4
-    f8 = _sibling(whole, 8)
+    f8 = sibling(whole, 8)
     whole *= f8
-    f16 = _sibling(whole, 16)
+    f16 = sibling(whole, 16)
     whole *= f16
-    f32 = _sibling(whole, 32)
+    f32 = sibling(whole, 32)
     carried = total[None, :] + tl.zeros((C, BK), tl.float32)
-    m = _toward_middle(a, f1, f2, f4, f8, f16, 5)
+    m = toward_middle(a, f1, f2, f4, f8, f16, 5)
     seen, wanted, carried = _descend(qt, kt, m, f32, dP, seen, wanted, carried, low, 5, EXACT)
-    m = _toward_middle(a, f1, f2, f4, f8, f16, 4)
+    m = toward_middle(a, f1, f2, f4, f8, f16, 4)
     seen, wanted, carried = _descend(qt, kt, m, f16, dP, seen, wanted, carried, low, 4, EXACT)
-    m = _toward_middle(a, f1, f2, f4, f8, f16, 3)
+    m = toward_middle(a, f1, f2, f4, f8, f16, 3)
     seen, wanted, carried = _descend(qt, kt, m, f8, dP, seen, wanted, carried, low, 3, EXACT)
-    m = _toward_middle(a, f1, f2, f4, f8, f16, 2)
+    m = toward_middle(a, f1, f2, f4, f8, f16, 2)
     seen, wanted, carried = _descend(qt, kt, m, f4, dP, seen, wanted, carried, low, 2, EXACT)
-    m = _toward_middle(a, f1, f2, f4, f8, f16, 1)
+    m = toward_middle(a, f1, f2, f4, f8, f16, 1)
     seen, wanted, carried = _descend(qt, kt, m, f2, dP, seen, wanted, carried, low, 1, EXACT)
-    m = _toward_middle(a, f1, f2, f4, f8, f16, 0)
+    m = toward_middle(a, f1, f2, f4, f8, f16, 0)
     seen, wanted, carried = _descend(qt, kt, m, f1, dP, seen, wanted, carried, low, 0, EXACT)
     d_q = seen * a + own[:, None] * kt
     d_k = wanted + own[:, None] * qt
