@@ -1,7 +1,8 @@
 """What `ops_cpu.py` measures: its inputs, our ops, and the peers behind the signatures of ours.
 
-fla-core       `naive_chunk_gated_delta_rule`, its one file alone: importing the package needs Triton and a GPU, and
-               transformers computes otherwise where fla is installed
+fla-core       `naive_chunk_gated_delta_rule`, `naive_recurrent_gla`, `dplr_recurrence` and `dplr_chunkwise`, each
+               function alone: importing the package needs Triton and a GPU, and transformers computes otherwise where
+               fla is installed
 transformers   `torch_chunk_gated_delta_rule` of Qwen3-Next, installed
 mamba-ssm      `selective_scan_ref`, that function alone: the package does not build on a CPU. It takes [B _ T] and runs
                up to twice as fast on transposed views as on contiguous copies, so it gets views
@@ -24,12 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from statetrack.ops import delta_rule, selective_scan
+from statetrack.ops import delta_rule, dplr, gated_linear_attention, selective_scan
 
 Op = Callable[..., Tensor]
 """From an op's tensors, by name, to its output."""
 
 FLA = "fla_core-*.whl", "fla/ops/gated_delta_rule/naive.py"
+FLA_GLA = "fla_core-*.whl", "fla/ops/gla/naive.py"
+FLA_DPLR = "fla_core-*.whl", "fla/ops/generalized_delta_rule/dplr/naive.py"
 MAMBA_SSM = "mamba_ssm-*.tar.gz", "mamba_ssm/ops/selective_scan_interface.py"
 
 
@@ -51,6 +54,26 @@ def scan_inputs(B: int, T: int, D: int, M: int) -> dict[str, Tensor]:
     return {name: t.requires_grad_() for name, t in x.items()}
 
 
+def attention_inputs(B: int, T: int, H: int, K: int) -> dict[str, Tensor]:
+    """Draw normal queries, keys, values, and logarithms of decays per key channel near 1, all asking for gradients."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, T, H, K, generator=g) for _ in range(3))
+    x = {"q": q, "k": k / K**0.5, "v": v, "log_decay": -0.05 * torch.rand(B, T, H, K, generator=g)}
+    return {name: t.requires_grad_() for name, t in x.items()}
+
+
+def dplr_inputs(B: int, T: int, H: int, K: int) -> dict[str, Tensor]:
+    """Draw the same, and a = -kh, b = rate kh for unit kh, as in RWKV-7."""
+    x = {name: t.detach() for name, t in attention_inputs(B, T, H, K).items()}
+    g = torch.Generator().manual_seed(1)
+    key = F.normalize(torch.randn(B, T, H, K, generator=g), dim=-1)
+    x |= {"a": -key, "b": torch.rand(B, T, H, 1, generator=g) * key}
+    return {name: t.requires_grad_() for name, t in x.items()}
+
+
+INPUTS = {"delta": delta_inputs, "scan": scan_inputs, "gla": attention_inputs, "dplr": dplr_inputs}
+
+
 def delta_rule_ours(**x: Any) -> Tensor:
     """Apply our delta rule."""
     return delta_rule(**x, backend="numba")[0]
@@ -61,10 +84,24 @@ def selective_scan_ours(eigenvalues: tuple[float, float] = (-1.0, 1.0), **x: Any
     return selective_scan(**x, eigenvalues=eigenvalues, backend="numba")[0]
 
 
+def attention_ours(log_decay: Tensor, **x: Any) -> Tensor:
+    """Apply our gated linear attention; the exponential of the logarithms is part of what is timed, as in the peer."""
+    return gated_linear_attention(**x, decay=log_decay.exp(), backend="chunk")[0]
+
+
+def dplr_ours(**x: Any) -> Tensor:
+    """Apply our diagonal plus low rank."""
+    return dplr(**x, backend="chunk")[0]
+
+
 def implementations(op: str, archives: Path) -> dict[str, Op]:
     """Return ours first, then the peers; the scan with eigenvalues in [0, 1], which is all that its peers know."""
     if op == "delta":
         return {"statetrack": delta_rule_ours, **delta_peers(archives)}
+    if op == "gla":
+        return {"statetrack": attention_ours, **attention_peers(archives)}
+    if op == "dplr":
+        return {"statetrack": dplr_ours, **dplr_peers(archives)}
     return {"statetrack": partial(selective_scan_ours, (0.0, 1.0)), **scan_peers(archives)}
 
 
@@ -82,6 +119,30 @@ def delta_peers(archives: Path) -> dict[str, Op]:
         return op
 
     return {"fla-core": peer(fla), "transformers": peer(torch_chunk_gated_delta_rule)}
+
+
+def attention_peers(archives: Path) -> dict[str, Op]:
+    """Return the peer of `gated_linear_attention` with positive decays per key channel."""
+    run = _function(_source(archives, *FLA_GLA), "naive_recurrent_gla")
+
+    def recurrent(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+        return run(q, k, v, log_decay, output_final_state=True)[0]
+
+    return {"fla-core": recurrent}
+
+
+def dplr_peers(archives: Path) -> dict[str, Op]:
+    """Return the peers of `dplr`, which take [B H T K]."""
+    source = _source(archives, *FLA_DPLR)
+
+    def peer(run: Callable[..., tuple[Tensor, Tensor]]) -> Op:
+        def op(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            return run(*(t.transpose(1, 2) for t in (q, k, v, a, b, log_decay)))[0].transpose(1, 2)
+
+        return op
+
+    names = {"fla-core, recurrence": "dplr_recurrence", "fla-core, chunks": "dplr_chunkwise"}
+    return {label: peer(_function(source, name)) for label, name in names.items()}
 
 
 def scan_peers(archives: Path) -> dict[str, Op]:

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cpu_peers import Op, delta_inputs, delta_rule_ours, implementations, scan_inputs, selective_scan_ours
+from cpu_peers import INPUTS, Op, delta_inputs, delta_rule_ours, implementations, scan_inputs, selective_scan_ours
 from tables import Rows, table
 from torch import Tensor
 
@@ -45,10 +45,12 @@ from statetrack.runs import write_atomically, write_json
 ROOT = Path(__file__).parent.parent
 DELTA = [(4, 2048, 4, 64), (1, 4096, 8, 128), (128, 40, 4, 16)]  # B, T, H, K = V
 SCAN = [(8, 2048, 256, 16), (64, 40, 256, 16), (8, 256, 256, 16)]  # B, T, D, M
+HEADS = [(1, 2048, 4, 64), (16, 64, 4, 64)]  # B, T, H, K = V, of gated linear attention and of dplr
 QUADRATIC = 1024  # tokens; below, mamba-ssm's backward is timed as the others are
 SLOW, LIMIT = 4, 60  # seconds
 LINEAR = [2048, 8192, 32768, 131072]
 QUICK = {"delta": [(1, 256, 2, 32), (8, 40, 4, 16)], "scan": [(1, 128, 32, 8), (8, 40, 32, 8)]}
+QUICK |= {"gla": [(1, 128, 2, 16)], "dplr": [(1, 128, 2, 16)]}
 LEAST_SECONDS = 0.1  # of one measurement
 
 
@@ -105,7 +107,7 @@ def across_keys(x: dict[str, Tensor], grads: tuple[Tensor, ...]) -> list[Tensor]
 
 def compare(op: str, shape: tuple[int, ...], archives: Path, rounds: int) -> Rows:
     """Time all implementations of an op on one shape and measure their memory."""
-    x = (delta_inputs if op == "delta" else scan_inputs)(*shape)
+    x = INPUTS[op](*shape)
     found = implementations(op, archives)
     quadratic = {"mamba-ssm"} if shape[1] >= QUADRATIC else set()
     want_o, want_grads = both(found["statetrack"], x)
@@ -113,7 +115,9 @@ def compare(op: str, shape: tuple[int, ...], archives: Path, rounds: int) -> Row
     for name, f in found.items():
         worst = disagreement(forward(f, x), want_o)
         if name not in quadratic:
-            worst = max([worst, *map(disagreement, across_keys(x, both(f, x)[1]), want_grads)])
+            grads = both(f, x)[1]
+            grads = across_keys(x, grads) if op == "delta" else grads
+            worst = max([worst, *map(disagreement, grads, want_grads)])
         if not worst < 1e-3:
             raise SystemExit(f"{op} {shape}: {name} differs from ours by {worst:.1e}; nothing to compare")
         rows[name] = {"implementation": name, "differs by": worst}
@@ -128,7 +132,7 @@ def compare(op: str, shape: tuple[int, ...], archives: Path, rounds: int) -> Row
         if seconds is None:
             row["note"] = f"both: stopped after {LIMIT} s, so slower than that"
     size = sum(t.nbytes for t in x.values())
-    output = x["v"].nbytes if op == "delta" else x["u"].nbytes
+    output = x["u" if op == "scan" else "v"].nbytes
     ours, *others = rows.values()
     ours["memory over inputs+outputs+gradients"] = (ours["memory MiB"] * 2**20 + size) / (2 * size + output)
     for row in others:
@@ -154,8 +158,8 @@ def _child(*arguments: str) -> list[float] | None:
 
 def memory_here(op: str, name: str, shape: tuple[int, ...], archives: Path) -> tuple[float, float]:
     """Warm up on a small input, then measure one call in this process."""
-    make, f = delta_inputs if op == "delta" else scan_inputs, implementations(op, archives)[name]
-    both(f, make(1, 16, *shape[2:]))  # of the same width: our kernels are compiled for it
+    make, f = INPUTS[op], implementations(op, archives)[name]
+    both(f, make(1, 32, *shape[2:]))  # of the same width: our kernels are compiled for it
     x = make(*shape)
     signal.alarm(LIMIT)
     return raised(partial(both, f, x))[:2]
@@ -294,7 +298,7 @@ def _asked_of_peers(title: str, rows: Rows) -> list[Asked]:
     asked: list[Asked] = []
     for row in peers:
         name = row["implementation"]
-        least = (1.5, 3.0) if title.startswith("delta") else (3.0, 3.0) if name == "mamba-ssm" else (2.0, 2.0)
+        least = (1.5, 3.0) if title.startswith("delta") else (2.0, 2.0) if name == "mambapy" else (3.0, 3.0)
         for what, bound in zip(("forward", "both"), least, strict=True):
             ratio = row[f"{what}: ours faster by"]
             stopped = " (stopped: a lower bound)" if what == "both" and "note" in row else ""
@@ -302,6 +306,8 @@ def _asked_of_peers(title: str, rows: Rows) -> list[Asked]:
         if row["memory MiB"] is not None:
             share = ours["memory MiB"] / row["memory MiB"]
             asked.append((f"{title}, memory over {name}'s", share, "at most", 1.0))
+    if not title.startswith(("delta", "selective")):
+        return asked
     value = ours["memory over inputs+outputs+gradients"]
     return [*asked, (f"{title}, memory over inputs+outputs+gradients", value, "at most", 2.0)]
 
@@ -333,7 +339,12 @@ def main() -> None:
 def measure(a: argparse.Namespace) -> dict[str, Rows]:
     """Return every part that was asked for."""
     results: dict[str, Rows] = {}
-    for op, title, shapes in (("delta", "delta_rule B,T,H,K=V", DELTA), ("scan", "selective_scan B,T,D,M", SCAN)):
+    for op, title, shapes in (
+        ("delta", "delta_rule B,T,H,K=V", DELTA),
+        ("scan", "selective_scan B,T,D,M", SCAN),
+        ("gla", "gated_linear_attention B,T,H,K=V", HEADS),
+        ("dplr", "dplr B,T,H,K=V", HEADS),
+    ):
         for shape in (QUICK[op] if a.quick else shapes) if op in a.only else []:
             say(f"{title} = {shape}")
             results[f"{title} = {shape}"] = compare(op, shape, a.peers, a.rounds)
@@ -367,7 +378,7 @@ def report(a: argparse.Namespace, where: str, results: dict[str, Rows]) -> None:
 
 def arguments() -> argparse.Namespace:
     """Read the command line; only a full run writes to benchmarks/results by itself."""
-    parts = ("delta", "scan", "linear", "ranges", "tracking")
+    parts = ("delta", "scan", "gla", "dplr", "linear", "ranges", "tracking")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART", help=", ".join(parts))
     parser.add_argument("--quick", action="store_true", help="small shapes: whether it runs, not how fast")

@@ -13,7 +13,7 @@ included; the error is the largest of output and gradients, relative in norm, ag
 (512 channels, 4096 tokens of one sequence).
 
 A variant is a row of its own: constants of `ops/selective_scan/triton.py` set otherwise, a number, or a schedule for
-every size as TOK,CH,WD,LT,DL,REGS (see there). --variants takes a list of likely ones.
+every size as TOK,CH,WD,LT,DL,REGS,AHEAD (see there). --variants takes a list of likely ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,13 @@ CLOCK = 1.98e9  # Hz, an H200 at work
 SHAPES = {"batch": (8, 4096, 4096, 16), "long": (1, 32768, 4096, 16)}  # B, T, D, M
 VARIANTS = {
     "batch": [
+        "FORWARD=16,2,1,1,32,0,1",
         "FORWARD=16,2,1,4,8",
+        "FORWARD=16,2,1,4,8,0,1",
+        "FORWARD=16,2,1,2,16,0,1",
+        "FORWARD=16,2,4,4,8",
+        "FORWARD=8,2,1,4,8",
+        "FORWARD=8,2,1,4,8,0,1",
         "FORWARD=16,1,1,1,32",
         "FORWARD=16,1,1,2,16",
         "FORWARD=8,2,1,2,16",
@@ -48,6 +54,7 @@ VARIANTS = {
         "KEEPING=16,2,1,1,32;BACKWARD=8,2,4,2,16",
     ],
     "long": [
+        "FORWARD=16,2,1,16,8,0,1",
         "FORWARD=8,2,1,16,8",
         "FORWARD=8,2,1,32,8",
         "FORWARD=16,2,1,32,4",

@@ -34,7 +34,7 @@ from statetrack.ops.selective_scan.triton_kernels import forward, pack, step, un
 class Schedule:
     """How many tokens and channels a thread takes, how the threads of a program lie (see triton_kernels.py).
 
-    REGS limits a thread's registers, so that more threads fit; 0 does not.
+    REGS limits a thread's registers, so that more threads fit; 0 does not. AHEAD is of the forward alone.
     """
 
     TOK: int
@@ -43,6 +43,7 @@ class Schedule:
     LT: int
     DL: int
     REGS: int = 0
+    AHEAD: int = 0
 
     @property
     def tile(self) -> int:
@@ -65,7 +66,7 @@ class Schedule:
 
 
 # More threads share a tile from one to the next. A backward's tile is a multiple of the forward's that keeps states.
-FORWARD = [Schedule(16, 2, 1, 1, 32), Schedule(16, 2, 1, 4, 8), Schedule(16, 2, 1, 16, 8)]
+FORWARD = [Schedule(16, 2, 1, 1, 32, 0, 1), Schedule(16, 2, 1, 4, 8), Schedule(16, 2, 1, 16, 8)]
 KEEPING = [Schedule(16, 2, 1, 1, 32), Schedule(8, 2, 1, 4, 8), Schedule(8, 2, 1, 16, 8)]
 BACKWARD = [Schedule(8, 2, 4, 4, 8), Schedule(8, 2, 4, 4, 8), Schedule(8, 2, 2, 16, 8)]
 FULL_GPU = 480  # warps that keep a GPU busy
@@ -178,7 +179,7 @@ def _walk(plan: _Plan, u, dt, z, rates, BC, skip, state, lo, hi, y=None, saved=N
     forward[(chosen.programs(plan.S, plan.D),)](
         u, dt, z, rates, BC, skip, y, state, product, saved, starts, bases, plan.tables(plan.backward)[2],
         plan.T, -(-plan.T // chosen.tile), plan.D, plan.M, plan.every, lo, hi - lo,
-        OUTPUT=y is not None, SAVE=saved is not None, **plan.options(chosen, hi),
+        AHEAD=chosen.AHEAD == 1, OUTPUT=y is not None, SAVE=saved is not None, **plan.options(chosen, hi),
     )  # fmt: skip
     return product
 

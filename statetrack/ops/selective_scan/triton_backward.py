@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from statetrack.ops.selective_scan.triton_kernels import (
+    apart,
     eigenvalue,
     fetch,
     from_lane,
@@ -99,7 +100,7 @@ def backward(
                     d_xs = d_xs + (tl.zeros((N,), tl.float32),)
                     d_dts = d_dts + (tl.zeros((N,), tl.float32),)
         for m in range(M):
-            Bs, Cs = shared(BC + (slot * M + m) * TT + place, TOK, LT)
+            Bs, Cs = apart(shared(BC + (slot * M + m) * TT + place, TOK, LT), TOK)
             dBs = ()
             read = ()
             new_d_xs = ()

@@ -103,13 +103,33 @@ def sigmoid(x):
 
 @triton.jit
 def shared(BC, TOK: tl.constexpr, LT: tl.constexpr):
-    """Return B and C of a thread's tokens: a token's pair is one load of 64 bits."""
+    """Load B and C of a thread's tokens for one state, a pair in 64 bits each."""
+    pairs = ()
+    for i in tl.static_range(TOK):
+        pairs = pairs + (tl.load(BC + i * LT),)
+    return pairs
+
+
+@triton.jit
+def per_channel(A, state, d, m, D, CH: tl.constexpr, DL: tl.constexpr, FULL: tl.constexpr):
+    """Load the rate and the state of a thread's channels for one state."""
+    rates = ()
+    hs = ()
+    for j in tl.static_range(CH):
+        at = m * D + d
+        rates = rates + (fetch(A + at + j * DL, d + j * DL < D, FULL),)
+        hs = hs + (fetch(state + at + j * DL, d + j * DL < D, FULL),)
+    return rates, hs
+
+
+@triton.jit
+def apart(pairs, TOK: tl.constexpr):
+    """Return B and C of the pairs."""
     Bs = ()
     Cs = ()
     for i in tl.static_range(TOK):
-        pair = tl.load(BC + i * LT)
-        Bs = Bs + ((pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True),)
-        Cs = Cs + ((pair >> 32).to(tl.int32).to(tl.float32, bitcast=True),)
+        Bs = Bs + ((pairs[i] & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True),)
+        Cs = Cs + ((pairs[i] >> 32).to(tl.int32).to(tl.float32, bitcast=True),)
     return Bs, Cs
 
 
@@ -168,12 +188,13 @@ def forward(
     u, dt, z, A, BC, skip, y, state, product, saved, starts, bases, kept_bases,
     T, tiles, D, M, every, lo, width,
     TOK: tl.constexpr, CH: tl.constexpr, WD: tl.constexpr, LT: tl.constexpr, DL: tl.constexpr,
-    OUTPUT: tl.constexpr, SAVE: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr, VARLEN: tl.constexpr,
+    AHEAD: tl.constexpr, OUTPUT: tl.constexpr, SAVE: tl.constexpr,
+    WHOLE: tl.constexpr, FULL: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """Walk over one sequence, for WD CH DL channels; `state` [S M D] is read and written.
 
     OUTPUT writes y; else `product` [S M D] is multiplied by all eigenvalues. SAVE keeps the state before each tile
-    whose number `every` divides.
+    whose number `every` divides. AHEAD loads what the next state takes while one is worked on.
     """
     s, _, lane, place, d = threads(D, CH, WD, LT, DL)
     TT: tl.constexpr = TOK * LT
@@ -212,14 +233,24 @@ def forward(
         keep = saved
         if SAVE:
             keep = saved + (kept + tile // every).to(tl.int64) * M * D
+        if AHEAD:
+            pairs = shared(BC_tile, TOK, LT)
+            rates, before = per_channel(A, state + memory, d, 0, D, CH, DL, FULL)
         for m in range(M):
-            Bs, Cs = shared(BC_tile + m * TT, TOK, LT)
+            if AHEAD:
+                following = tl.minimum(m + 1, M - 1)
+                next_pairs = shared(BC_tile + following * TT, TOK, LT)
+                next_rates, next_before = per_channel(A, state + memory, d, following, D, CH, DL, FULL)
+            else:
+                pairs = shared(BC_tile + m * TT, TOK, LT)
+                rates, before = per_channel(A, state + memory, d, m, D, CH, DL, FULL)
+            Bs, Cs = apart(pairs, TOK)
             hs = ()
             for j in tl.static_range(CH):
                 known = d + j * DL < D
                 at = m * D + d + j * DL
-                rate = fetch(A + at, known, FULL)
-                h = fetch(state + memory + at, known, FULL)
+                rate = rates[j]
+                h = before[j]
                 if SAVE:
                     tl.store(keep + at, h, mask=known & (place == 0) & keep_here)
                 a = ()
@@ -252,6 +283,10 @@ def forward(
                 for j in tl.static_range(CH):
                     read = read + (ys[i * CH + j] + Cs[i] * hs[j * TOK + i],)
             ys = read
+            if AHEAD:
+                pairs = next_pairs
+                rates = next_rates
+                before = next_before
         if OUTPUT:
             y_rows = y + rows
             if z is not None:
