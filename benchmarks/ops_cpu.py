@@ -224,6 +224,8 @@ def ranges(rounds: int, quick: bool) -> Rows:
     rows = []
     for name, (signed, unsigned) in pairs.items():
         say(f"ranges: {name}")
+        signed()  # compiles, for seconds
+        unsigned()
         times = take_turns({"[-1,1]": signed, "[0,1]": unsigned}, 6 * rounds)
         ratio = median(a / b for a, b in zip(times["[-1,1]"], times["[0,1]"], strict=True))
         medians = {f"{key} ms": median(values) for key, values in times.items()}
