@@ -96,7 +96,7 @@ BAD = {
     "log_decay has shape": {"log_decay": torch.zeros(2, 3, 2)},
     "must be a multiple": {"v": torch.zeros(2, 3, 3, 4)},
     "must share one dtype": {"k": torch.zeros(2, 3, 2, 5, dtype=torch.float64)},
-    "'triton' is not available for this op": {"backend": "triton"},
+    "'numba' is not available for this op": {"backend": "numba"},
 }
 
 
