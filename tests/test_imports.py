@@ -20,10 +20,10 @@ ALLOWED = {
     "hf": {"layers", "loss", "model"},
     "unlock": {"convert", "hf"},
     "spectra": {"model"},
-    "convert": {"artifact", "hf", "layers", "model", "runs", "train"},
+    "convert": {"artifact", "compiler", "hf", "layers", "model", "runs", "train"},
     "automata": set(),
     "tasks": {"automata"},
-    "compiler": {"automata", "ops", "layers", "model", "plots", "runs"},
+    "compiler": {"automata", "convert", "ops", "layers", "model", "plots", "runs"},
 }
 # Parts that only work with an extra, and that nothing imports when loaded.
 NEEDS = {

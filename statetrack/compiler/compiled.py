@@ -178,11 +178,26 @@ class CompiledAutomaton(Network):
         """Prove it, for a torch.dtype."""
         return certify(self, dtype, backend, device)
 
-    def to_model(self) -> Model:
-        """Return an ordinary `Model` of DeltaProduct blocks with these weights (see to_model.py)."""
+    def to_model(self, normalising: bool = False) -> Model:
+        """Return an ordinary `Model` of DeltaProduct blocks with these weights (see to_model.py).
+
+        normalising: for kernels that normalise keys in bfloat16, as fla's.
+        """
         from statetrack.compiler.to_model import to_model
 
-        return to_model(self)
+        return to_model(self, normalising)
+
+    def to_fla(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return config.json and weights of flash-linear-attention's GatedDeltaProduct model, in bfloat16.
+
+        `statetrack convert DIR --to gated_deltaproduct --out OUT` writes them, for AutoModelForCausalLM. Sequences
+        begin with the token `bos_token_id`; the logits say at every token what the automaton does. Needs transformers;
+        raises UsageError where `to_model` does, for decoders that bfloat16 cannot add up, and for heads of more than
+        128 coordinates.
+        """
+        from statetrack.convert import Checkpoint, exported
+
+        return exported(Checkpoint.of_compiled(self, normalising=True), "gated_deltaproduct")
 
     def copy_in(self, dtype: torch.dtype, device: str) -> CompiledAutomaton:
         """Return the same network in another arithmetic or place."""

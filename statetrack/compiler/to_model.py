@@ -12,6 +12,10 @@ there, and below -200, whose SiLU is 0, where some is missing. Sequences begin w
 vocabulary, which writes the start. A mixer's norm has an epsilon of three times the mean square of what it normalises,
 so that the sum is a power of 4 again, and what should be 0 is not blown up once training has made it small instead.
 
+For fla's GatedDeltaProduct (`normalising=True`), whose kernels normalise keys and run in bfloat16, all mixers are alike
+(heads, factors, a convolution of 2), keys are those of length 1 over pairs of coordinates, and the numbers whose SiLU
+is p and -p are bfloat16's. The 1e-6 that is added to |k|^2 there is lost when the key is rounded to 8 bits.
+
 Letters: D width, K head width, H heads, F factors.
 """
 
@@ -37,6 +41,7 @@ CONSTANT = 2.0**16  # its square swallows the squares of all one-hot entries
 LARGE = 32.0  # what SiLU leaves as it is: queries, keys with one entry, open gates
 SATURATED = 40.0  # a logit whose sigmoid is 1
 SHUT = -120.0  # a logit whose sigmoid is 0
+FLA_HEAD_DIM = 256  # the widest head of fla's kernels
 CONFIDENT = 20.0  # logit of the answer
 
 Row = tuple[list[tuple[int, int]], int]  # evidence: (coordinate of the stream, 1 or -1 for 1 or 0); coordinate written
@@ -117,12 +122,13 @@ def _entries(stage: Stage) -> Iterator[tuple[int, list[int], int]]:
             yield c, values, code
 
 
-def to_model(compiled: CompiledAutomaton) -> Model:
+def to_model(compiled: CompiledAutomaton, normalising: bool = False) -> Model:
     """Return a model of DeltaProduct blocks that follows the automaton exactly on sequences that begin with BOS.
 
     vocab_size is the number of letters and one more for BOS, the last; the logit of what the automaton says is larger
-    than the others by 10 at least. Raises UsageError for other structures than "householder" and for windows of more
-    than 2 tokens.
+    than the others by 10 at least. normalising: for fla's GatedDeltaProduct in bfloat16; BOS is still the number of
+    letters, but there are as many outputs as tokens, some of which may have no use. Raises UsageError for structures
+    other than "householder", for windows of more than 2 tokens, and for what fla's kernels or bfloat16 cannot hold.
     """
     if compiled.blueprint.chain:
         raise UsageError("Zeiger's chain has no tables that a model could hold; to_model needs a searched network")
@@ -131,13 +137,14 @@ def to_model(compiled: CompiledAutomaton) -> Model:
             'to_model needs structure="householder" and a window of at most 2 tokens, '
             f"got {compiled.blueprint.structure!r} and {compiled.window + 1}"
         )
-    return _Builder(compiled).model()
+    return _Builder(compiled, normalising).model()
 
 
 class _Builder:
     """The stream's sections first, then the blocks' configurations and weights, from the bottom up."""
 
-    def __init__(self, compiled: CompiledAutomaton):
+    def __init__(self, compiled: CompiledAutomaton, normalising: bool):
+        self.normalising, self.style = normalising, Style(keys="unit" if normalising else "integer")
         self.compiled, self.letters, self.size = compiled, compiled.merged.alphabet, 1  # coordinate 0: the constant
         self.letter = self._section(self.letters + 1)
         codes = [len(stage.decoder[0]) - 1 for stage in compiled.stages] + [len(compiled.states_table) - 1]
@@ -145,9 +152,16 @@ class _Builder:
         self.levels = [self._level(i, stage, codes) for i, stage in enumerate(compiled.stages)]
         self.dim = 4 ** max(2, math.ceil(math.log(self.size, 4)))
         heads = [head for stage in compiled.stages for head in stage.heads]
-        widest = max((max(head.width, len(head.start)) for head in heads), default=1)
-        self.head_dim = 4 ** max(1, math.ceil(math.log(widest, 4)))
-        self.plus, self.minus = opposite_preimages()
+        widest = max((max(head.width * self.style.copies(head), len(head.start)) for head in heads), default=1)
+        self.head_dim = 4 ** max(1 + normalising, math.ceil(math.log(widest, 4)))
+        if normalising and self.head_dim > FLA_HEAD_DIM:
+            raise UsageError(
+                f"fla's heads hold {FLA_HEAD_DIM // 2} coordinates at most, this network needs {widest // 2}"
+            )
+        if normalising:
+            self.plus, self.minus = opposite_bfloat16_preimages()
+        else:
+            self.plus, self.minus = opposite_preimages()
 
     def _section(self, size: int) -> Section:
         self.size += size
@@ -177,12 +191,7 @@ class _Builder:
             below = level.known
         if not plan:
             raise UsageError("this language needs no recurrent layer; a model of it would have no mixer")
-        config = Config(
-            vocab_size=self.compiled.automaton.alphabet + 1,
-            num_outputs=self.compiled.automaton.num_outputs,
-            mixers=tuple(mixer for mixer, *_ in plan),
-            mlp_dim=max(1, *(len(rows) for _, rows, *_ in plan)),
-        )
+        config = self._model_config([mixer for mixer, *_ in plan], max(1, *(len(rows) for _, rows, *_ in plan)))
         model = config.build()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -201,10 +210,20 @@ class _Builder:
 
     # --- configurations ----------------------------------------------------------------------------------------------
 
+    def _model_config(self, mixers: list[DeltaProductConfig], mlp_dim: int) -> Config:
+        automaton = self.compiled.automaton
+        tokens, outputs = automaton.alphabet + 1, automaton.num_outputs
+        if not self.normalising:
+            return Config(vocab_size=tokens, num_outputs=outputs, mixers=tuple(mixers), mlp_dim=mlp_dim)
+        heads, factors = max(m.heads for m in mixers), max(m.factors for m in mixers)
+        alike = (self._config(heads, factors, 2),) * len(mixers)
+        size = max(tokens, outputs)
+        return Config(vocab_size=size, num_outputs=size, mixers=alike, mlp_dim=mlp_dim, norm_eps=alike[0].norm_eps)
+
     def _mixer(self, level: Level) -> DeltaProductConfig:
         heads = sum(head.width for head in level.stage.heads)
-        starts = max(len(set().union(*head.start)) for head in level.stage.heads)
-        return self._config(heads, max(level.stage.factors(), starts), 0)
+        starts = max(self.style.copies(head) * len(set().union(*head.start)) for head in level.stage.heads)
+        return self._config(heads, max(level.stage.factors(self.style), starts), 0)
 
     def _repeater(self, repeated: Section) -> DeltaProductConfig:
         return self._config(-(-repeated.size // self.head_dim), 1, 2)
@@ -241,7 +260,11 @@ class _Builder:
         """Let every row be a hidden unit that writes 1 where all its evidence is there."""
         gate, up = block.gate_up.weight.chunk(2)
         for unit, (evidence, written) in enumerate(rows):
-            gate[unit, 0] = LARGE - 256 * sum(sign == 1 for _, sign in evidence)
+            gate[unit, 0] = open_gate = LARGE - 256 * sum(sign == 1 for _, sign in evidence)
+            if self.normalising and float(torch.tensor(open_gate).bfloat16()) != open_gate:
+                raise UsageError(
+                    "a decoder of this network combines more than 32 readings, more than bfloat16 can add up"
+                )
             for coordinate, sign in evidence:
                 gate[unit, coordinate] = 256 * sign
             up[unit, 0] = 1
@@ -255,26 +278,29 @@ class _Builder:
         beta = mixer.beta_proj.weight.view(N, H, -1)
         mixer.norm.weight.fill_(2 * K**-0.5)
         beta[:, :, 0] = SHUT
-        first, style = 0, Style()
+        if mixer.conv is not None:
+            mixer.conv.weight[1] = 1  # this token
+        first = 0
         for h, head in enumerate(level.stage.heads):
-            copies = slice(first, first + head.width)
+            copies, n = slice(first, first + head.width), self.style.copies(head)
             for i in range(head.width):
-                q[first + i, i, 0] = LARGE
+                q[first + i, n * i, 0] = LARGE
                 for column in range(len(head.start)):
                     mixer.o_proj.weight[level.bit(h, i, column), (first + i) * K + column] = 1
             for numbers, event in level.events.items():
                 at = level.event[event]
-                for f, (key, value, step) in enumerate(style.factors(head, head.operations[numbers[h]])):
+                for f, (key, value, step) in enumerate(self.style.factors(head, head.operations[numbers[h]])):
                     for i, sign in key.items():
                         k[f, copies, i, at] = LARGE if len(key) == 1 else self.plus if sign > 0 else self.minus
                     v[f, copies, 0, at] = LARGE * value
                     beta[f, copies, at] = SATURATED * (step - 1) - SHUT
             bos = level.event[len(level.events)]
-            for f, i in enumerate(sorted(set().union(*head.start))):
+            coordinates = sorted(n * i + copy for i in set().union(*head.start) for copy in range(n))
+            for f, i in enumerate(coordinates):
                 k[f, copies, i, bos] = LARGE
                 beta[f, copies, bos] = -SHUT
                 for column, ones in enumerate(head.start):
-                    v[f, copies, column, bos] = LARGE * (i in ones)
+                    v[f, copies, column, bos] = LARGE * (i // n in ones)
             first += head.width
 
     def _write_repeater(self, mixer: DeltaProduct, known: Section, before: Section) -> None:
@@ -283,6 +309,7 @@ class _Builder:
         assert mixer.conv is not None
         mixer.conv.weight[1, :inner] = 1  # queries: this token
         mixer.conv.weight[0, inner:] = 1  # keys and values: the token before
+        mixer.beta_proj.weight.view(mixer.config.factors, H, -1)[1:, :, 0] = SHUT
         mixer.norm.weight.fill_(2 * K**-0.5)
         for h in range(H):
             mixer.q_proj.weight[h * K, 0] = mixer.k_proj.weight[h * K, 0] = LARGE
@@ -320,6 +347,23 @@ def opposite_preimages() -> tuple[float, float]:
         if pair[0] is not None and pair[1] is not None:
             return pair[0], pair[1]
     raise UsageError("torch's SiLU reaches no power of two exactly on this machine")
+
+
+def opposite_bfloat16_preimages() -> tuple[float, float]:
+    """Return bfloat16 numbers whose SiLU rounds to p and -p in bfloat16, as far from a tie as any."""
+    z = torch.arange(1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    z = z[torch.isfinite(z) & (z > 0.25) & (z < 1.2)].double()
+    found: dict[float, dict[int, tuple[float, float]]] = {}
+    for sign in (1, -1):
+        exact = F.silu(sign * z)
+        rounded = exact.bfloat16().double()
+        for x, p, off in zip(
+            z.tolist(), (sign * rounded).tolist(), ((exact - rounded) / rounded).abs().tolist(), strict=True
+        ):
+            best = found.setdefault(p, {})
+            best[sign] = min(best.get(sign, (1.0, 0.0)), (off, sign * x))
+    _, plus, minus = min((max(b[1][0], b[-1][0]), b[1][1], b[-1][1]) for b in found.values() if len(b) == 2)
+    return plus, minus
 
 
 def _preimage(target: float) -> float | None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from statetrack import artifact
+from statetrack.compiler import CompiledAutomaton
 from statetrack.convert import fla, olmo_hybrid
 from statetrack.convert.keys import read_all, write_all
 from statetrack.errors import UsageError
@@ -56,6 +57,24 @@ class Checkpoint:
         weights = {f"model.{name}": weight for name, weight in model.state_dict().items()}
         return cls(StateTrackConfig.from_model_config(model.config, **settings), weights)
 
+    @classmethod
+    def of_compiled(cls, compiled: CompiledAutomaton, normalising: bool) -> Checkpoint:
+        """Return a compiled automaton as a model; normalising: for fla's kernels, in bfloat16."""
+        model = compiled.to_model(normalising)
+        return cls.of(model.bfloat16() if normalising else model, bos_token_id=compiled.automaton.alphabet)
+
+
+def exported(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the settings (config.json) and weights of a checkpoint in a format."""
+    config, weights = checkpoint.config, checkpoint.weights
+    if to == "statetrack":
+        config.architectures = ["StateTrackForCausalLM"]
+        return config.to_dict(), weights
+    settings = FOREIGN[to].write_config(config, to)
+    settings |= {name: getattr(config, name, None) for name in CARRIED}
+    settings["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    return settings, write_all(FOREIGN[to].keys(config), weights)
+
 
 def convert(source: str | Path, to: str, out: Path, force: bool = False) -> None:
     """Write the checkpoint `source` in another format to the directory `out`.
@@ -66,7 +85,7 @@ def convert(source: str | Path, to: str, out: Path, force: bool = False) -> None
     if to not in FORMATS:
         raise UsageError(f"format {to!r} is unknown; accepted: {', '.join(FORMATS)}")
     check_free(out, force)
-    write(read(source), to, out, force)
+    write(read(source, normalising=to == "gated_deltaproduct"), to, out, force)
 
 
 def load(source: str | Path) -> StateTrackForCausalLM:
@@ -79,12 +98,11 @@ def load(source: str | Path) -> StateTrackForCausalLM:
     return model.eval()
 
 
-def read(source: str | Path) -> Checkpoint:
-    """Return a checkpoint of any format."""
+def read(source: str | Path, normalising: bool = False) -> Checkpoint:
+    """Return a checkpoint of any format; normalising: what was compiled, for kernels that normalise keys, as fla's."""
     path = directory(source)
     if (path / artifact.NETWORK).exists():
-        model = artifact.read(path).to_model()
-        return Checkpoint.of(model, bos_token_id=model.config.vocab_size - 1)
+        return Checkpoint.of_compiled(artifact.read(path), normalising)
     theirs = read_json(path / "config.json")
     if isinstance(theirs, dict) and "settings" in theirs:
         from statetrack.train import load_run
@@ -115,15 +133,7 @@ def write(checkpoint: Checkpoint, to: str, out: Path, force: bool = False) -> No
     """Write a checkpoint: everything, or nothing where that fails."""
     from huggingface_hub import save_torch_state_dict
 
-    config, weights = checkpoint.config, checkpoint.weights
-    if to == "statetrack":
-        config.architectures = ["StateTrackForCausalLM"]
-        settings = config.to_dict()
-    else:
-        settings = FOREIGN[to].write_config(config, to)
-        settings |= {name: getattr(config, name, None) for name in CARRIED}
-        settings["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-        weights = write_all(FOREIGN[to].keys(config), weights)
+    settings, weights = exported(checkpoint, to)
     check_free(out, force)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
