@@ -13,6 +13,7 @@ from statetrack.ops.selective_scan.triton_kernels import (
     eigenvalue,
     fetch,
     from_lane,
+    per_channel,
     prefix,
     put,
     shared,
@@ -99,8 +100,16 @@ def backward(
                     ys = ys + (skips[j] * value,)
                     d_xs = d_xs + (tl.zeros((N,), tl.float32),)
                     d_dts = d_dts + (tl.zeros((N,), tl.float32),)
+        if OUTPUT:
+            kept = saved + slot * M * D
+            hs = per_channel(kept, d, 0, D, CH, DL, FULL)
         for m in range(M):
+            rates = per_channel(A, d, m, D, CH, DL, FULL)
+            Gs = per_channel(d_state + memory, d, m, D, CH, DL, FULL)
             Bs, Cs = apart(shared(BC + (slot * M + m) * TT + place, TOK, LT), TOK)
+            if OUTPUT:  # from memory and the second cache: asked for early
+                d_As = per_channel(dA + own, d, m, D, CH, DL, FULL)
+                next_hs = per_channel(kept, d, tl.minimum(m + 1, M - 1), D, CH, DL, FULL)
             dBs = ()
             read = ()
             new_d_xs = ()
@@ -108,8 +117,8 @@ def backward(
             for j in tl.static_range(CH):
                 known = d + j * DL < D
                 at = m * D + d + j * DL
-                rate = fetch(A + at, known, FULL)
-                G = fetch(d_state + memory + at, known, FULL)
+                rate = rates[j]
+                G = Gs[j]
                 e = ()
                 a = ()
                 for i in tl.static_range(TOK):
@@ -124,7 +133,7 @@ def backward(
                 G, G_end, P_all = prefix(P, R, G, lane, place, WD, LT, DL, True)
                 tl.store(d_state + memory + at, G_end, mask=known & (place == 0))
                 if OUTPUT:
-                    h = fetch(saved + slot * M * D + at, known, FULL)
+                    h = hs[j]
                     x = ()
                     for i in tl.static_range(TOK):
                         x = x + (xs[i * CH + j] * Bs[i],)
@@ -137,7 +146,7 @@ def backward(
                         before = before + (h,)
                         h = a[i] * h + x[i]
                         read = read + (h,)
-                    d_rate = tl.load(dA + own + at, mask=known, other=0.0)
+                    d_rate = d_As[j]
                     for i in tl.static_range(1, TOK + 1):
                         delta = dts[(TOK - i) * CH + j]
                         g = Cs[TOK - i] * dys[(TOK - i) * CH + j] + G
@@ -171,6 +180,7 @@ def backward(
                             new_ys = new_ys + (ys[i * CH + j],)
                     pairs = pairs + (to_B, to_C)
                 ys = new_ys
+                hs = next_hs
                 share(pairs, parts + block * stride + (slot * M + m) * (2 * TT), lane, place, TOK, WD, LT, DL)
         if OUTPUT:
             du_rows = du + rows

@@ -111,15 +111,12 @@ def shared(BC, TOK: tl.constexpr, LT: tl.constexpr):
 
 
 @triton.jit
-def per_channel(A, state, d, m, D, CH: tl.constexpr, DL: tl.constexpr, FULL: tl.constexpr):
-    """Load the rate and the state of a thread's channels for one state."""
-    rates = ()
-    hs = ()
+def per_channel(p, d, m, D, CH: tl.constexpr, DL: tl.constexpr, FULL: tl.constexpr):
+    """Load a thread's channels of row m of [M D]."""
+    out = ()
     for j in tl.static_range(CH):
-        at = m * D + d
-        rates = rates + (fetch(A + at + j * DL, d + j * DL < D, FULL),)
-        hs = hs + (fetch(state + at + j * DL, d + j * DL < D, FULL),)
-    return rates, hs
+        out = out + (fetch(p + m * D + d + j * DL, d + j * DL < D, FULL),)
+    return out
 
 
 @triton.jit
@@ -235,15 +232,18 @@ def forward(
             keep = saved + (kept + tile // every).to(tl.int64) * M * D
         if AHEAD:
             pairs = shared(BC_tile, TOK, LT)
-            rates, before = per_channel(A, state + memory, d, 0, D, CH, DL, FULL)
+            rates = per_channel(A, d, 0, D, CH, DL, FULL)
+            before = per_channel(state + memory, d, 0, D, CH, DL, FULL)
         for m in range(M):
             if AHEAD:
                 following = tl.minimum(m + 1, M - 1)
                 next_pairs = shared(BC_tile + following * TT, TOK, LT)
-                next_rates, next_before = per_channel(A, state + memory, d, following, D, CH, DL, FULL)
+                next_rates = per_channel(A, d, following, D, CH, DL, FULL)
+                next_before = per_channel(state + memory, d, following, D, CH, DL, FULL)
             else:
                 pairs = shared(BC_tile + m * TT, TOK, LT)
-                rates, before = per_channel(A, state + memory, d, m, D, CH, DL, FULL)
+                rates = per_channel(A, d, m, D, CH, DL, FULL)
+                before = per_channel(state + memory, d, m, D, CH, DL, FULL)
             Bs, Cs = apart(pairs, TOK)
             hs = ()
             for j in tl.static_range(CH):
