@@ -9,11 +9,11 @@ Inputs are bf16, A, D and the state float32, with a gate unless --no-gate. mamba
 its time steps ready, as ours does. Times are medians of device events, the implementations taking turns; the floor is
 one exponential per token, channel and state at 16 per cycle and multiprocessor and 1.98 GHz; peak memory is above
 what is allocated before the call, the previous gradients included; the first call's time is wall-clock, compilation
-included; the error is the largest of output and gradients, relative in norm, against the chunked backend in float32
-(512 channels, 4096 tokens of one sequence).
+included; the error is the largest of y and the gradients to u, dt and z, relative in norm, against the chunked backend
+in float32 (512 channels of one sequence).
 
 A variant is a row of its own: constants of `ops/selective_scan/triton.py` set otherwise, a number, or a schedule for
-every size as TOK,CH,WD,LT,DL,REGS,AHEAD (see there). --variants takes a list of likely ones.
+this shape as TOK,CH,WD,LT,DL,REGS,AHEAD (see there). --variants takes a list of likely ones.
 """
 
 from __future__ import annotations
@@ -124,13 +124,15 @@ def mamba(x: dict, extension, d_out: torch.Tensor) -> Contender:
 
 
 @contextmanager
-def settings(variant: str):
-    """Set constants of the kernels' module for a while."""
+def settings(variant: str, size: int):
+    """Set constants of the kernels' module for a while; schedules are those of one size."""
     changes = dict(part.split("=") for part in variant.split(";") if part)
     plain = {name: getattr(kernels, name) for name in changes}
     for name, value in changes.items():
         numbers = [int(n) for n in value.split(",")]
-        new = numbers[0] if len(numbers) == 1 else [kernels.Schedule(*numbers)] * len(plain[name])
+        new = numbers[0]
+        if len(numbers) > 1:
+            new = [*plain[name][:size], kernels.Schedule(*numbers), *plain[name][size + 1 :]]
         setattr(kernels, name, new)
     try:
         yield
@@ -140,15 +142,16 @@ def settings(variant: str):
 
 
 def worst_error(x: dict, eigenvalues, d_out) -> float:
-    """Return our largest relative error on a part of the inputs against float32 chunks."""
-    part = {n: t.detach()[:512] if n in ("A", "D") else t.detach()[:1, :4096, :512] for n, t in x.items()}
-    outs = []
-    for backend, low in (("chunk", False), ("triton", True)):
-        leaves = {n: (t.clone() if low else t.float()).requires_grad_() for n, t in part.items()}
-        y, _ = selective_scan(**leaves, eigenvalues=eigenvalues, backend=backend)
-        y.backward(d_out[:1, :4096, :512].to(y.dtype))
-        outs.append([y, *(t.grad for t in leaves.values())])
-    return max(((a.float() - b).norm() / b.norm()).item() for b, a in zip(*outs, strict=True))
+    """Return our largest relative error on a part of the channels against float32 chunks."""
+    part = {n: t.detach()[:512] if n in ("A", "D") else t.detach()[:1, :, :512] for n, t in x.items()}
+    exact = {n: t.float().requires_grad_() for n, t in part.items()}
+    y, _ = selective_scan(**exact, eigenvalues=eigenvalues, backend="chunk")
+    y.backward(d_out[:1, :, :512].float())
+    ours = {n: t.detach().requires_grad_() for n, t in x.items()}
+    got, _ = selective_scan(**ours, eigenvalues=eigenvalues, backend="triton")
+    got.backward(d_out)
+    pairs = [(got, y), *((ours[n].grad, exact[n].grad) for n in ("u", "dt", "z") if n in x)]
+    return max(((a[:1, :, :512].float() - b).norm() / b.norm()).item() for a, b in pairs)
 
 
 def contenders(name: str, args: argparse.Namespace, extension) -> tuple[dict[str, Contender], torch.Tensor]:
@@ -157,6 +160,7 @@ def contenders(name: str, args: argparse.Namespace, extension) -> tuple[dict[str
     d_out = torch.randn_like(x["u"])
     found = {}
     variants = args.variant + (VARIANTS[name] if args.variants else [])
+    size = kernels._Plan(x["u"], x["A"].shape[1], [], True).size
     for label, eigenvalues, variant in (
         ("[-1,1]", (-1.0, 1.0), ""),
         ("[0,1]", (0.0, 1.0), ""),
@@ -164,7 +168,7 @@ def contenders(name: str, args: argparse.Namespace, extension) -> tuple[dict[str
     ):
         call = partial(selective_scan, **x, eigenvalues=eigenvalues, backend="triton")
         error = partial(worst_error, x, eigenvalues, d_out)
-        found[f"statetrack {label}"] = Contender(call, list(x.values()), partial(settings, variant), error)
+        found[f"statetrack {label}"] = Contender(call, list(x.values()), partial(settings, variant, size), error)
     if extension is not None:
         found["mamba-ssm"] = mamba(x, extension, d_out)
     return found, d_out
