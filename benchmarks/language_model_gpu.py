@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--minutes", type=float, default=3.5, help="large: per range")
     parser.add_argument("--ranges", type=float, nargs="+", default=[0.0, -1.0], help="large: lower ends")
-    parser.add_argument("--data", type=Path, default=Path("/tmp/statetrack-lm-data"))
+    parser.add_argument("--data", type=Path, default=Path("runs/lm-data"))
     args = parser.parse_args()
     speed(args) if args.mode == "speed" else large(args)
 
