@@ -25,9 +25,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
+from statetrack.ops.delta_rule.triton_forward import CUT
 from statetrack.ops.delta_rule.triton_hopper_walk import barrier, exp, fetch, put, split
 
-CUT = gl.constexpr(-1048576.0)  # as in triton_forward.py
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # [64 64], 16 rows per warp
 HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))  # [64 32]
 BLOCKS = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8]))  # [4 16 16], a block per warp
