@@ -39,6 +39,12 @@ torch.set_num_threads(1)  # pytest-xdist runs one worker per core
 
 
 @pytest.fixture(autouse=True)
+def seeded():
+    """Start every test from the same seed, whichever worker runs it after whatever else."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory():
     """Fill uninitialised memory with NaN, so that unwritten output shows: torch does where it is deterministic."""
     torch.use_deterministic_algorithms(True, warn_only=True)
