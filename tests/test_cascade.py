@@ -238,8 +238,19 @@ def test_an_automaton_without_a_cascade_falls_back_to_the_chain(tmp_path: Path):
 def test_the_chains_certificate_fails_for_inexact_keys_and_says_how_it_proves():
     cycle = Automaton(np.array([[1, 0], [2, 1], [0, 2]]).copy(), output=np.arange(3))
     exact = zeiger(cycle).certificate("bfloat16", "chunk")
-    assert exact.passed and "induction" in str(exact) and exact.transitions > 0
+    assert exact.passed and "induction" in str(exact) and exact.comparison.transitions > 0
     assert not zeiger(cycle, keys="normalised").certificate("float32", "chunk").passed
+
+
+@pytest.mark.parametrize("buffer", ["layers.1.moves", "layers.1.query", "layers.0.query", "layers.1.first", "emits"])
+def test_faults_planted_in_a_chain_are_found(buffer: str):
+    network = zeiger(Automaton(np.array([[1, 0], [2, 1], [0, 2]]), output=np.arange(3)))
+    tensor = network.get_buffer(buffer)
+    tensor[(0,) * tensor.ndim] += 1
+    certificate = network.certificate("float32", "chunk")
+    assert certificate.search.disagreements == 1 and not certificate.passed
+    assert "1 table entries differ" in str(certificate)
+    assert bool(certificate.comparison.inexact) == (buffer == "layers.0.query")
 
 
 def test_a_chain_of_more_states_than_one_reading_holds():

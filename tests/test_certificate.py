@@ -16,7 +16,7 @@ from statetrack import compile
 from statetrack.automata import Automaton
 from statetrack.compiler import CompiledAutomaton
 from statetrack.compiler.certificate import dyadic
-from statetrack.compiler.discrete import Walk, random_words, search_pairs
+from statetrack.compiler.discrete import Search, Walk, random_words, search_pairs
 from statetrack.errors import UsageError
 from tests.languages import LANGUAGES
 from tests.test_automata import automata
@@ -38,11 +38,15 @@ def test_exact_keys_pass_everywhere_and_normalised_ones_nowhere(name: str, struc
         for dtype in DTYPES:
             certificate = with_keys(network, keys).certificate(dtype, "chunk")
             assert certificate.passed and "EXACT AT EVERY LENGTH" in str(certificate), str(certificate)
-            assert certificate.pairs > 0 and certificate.transitions > 0 and certificate.keys > 0
+            assert (
+                certificate.search.pairs > 0
+                and certificate.comparison.transitions > 0
+                and certificate.comparison.keys > 0
+            )
     if any(op.cycles for stage in network.stages for head in stage.heads for op in head.operations):
         for dtype in (*DTYPES, "float64"):
             certificate = with_keys(network, "normalised").certificate(dtype, "chunk")
-            assert not certificate.passed and certificate.rounded and "NOT EXACT" in str(certificate)
+            assert not certificate.passed and certificate.comparison.rounded and "NOT EXACT" in str(certificate)
 
 
 def test_the_reference_backend_and_the_asymmetric_structure():
@@ -87,9 +91,9 @@ def test_planted_faults_are_found(fault: str, structure: str):
     certificate = network.certificate("float32", "chunk")
     assert not certificate.passed
     if fault in ("key", "beta", "query", "first vector"):
-        assert certificate.inexact or certificate.rounded
+        assert certificate.comparison.inexact or certificate.comparison.rounded
     else:
-        assert certificate.disagreements
+        assert certificate.search.disagreements
 
 
 def test_every_entry_of_a_table_that_words_reach_matters():
@@ -101,7 +105,7 @@ def test_every_entry_of_a_table_that_words_reach_matters():
         table.view(-1)[place] = (old + 1) % len(network.states_of)
         found += search_pairs(network)[1] > 0
         table.view(-1)[place] = old
-    assert search_pairs(network) == (pairs, 0, True)
+    assert search_pairs(network) == Search(pairs, 0, complete=True)
     assert found >= network.automaton.states - 1
 
 
@@ -110,7 +114,7 @@ def test_a_fault_that_random_words_miss_is_found():
     rare = int(network.automaton.run(np.zeros((1, 14), dtype=np.int64))[0, -1])
     network.states_of[network.states_of == rare] = network.automaton.start
     certificate = network.certificate("float32", "chunk")
-    assert certificate.disagreements and not certificate.wrong and not certificate.passed
+    assert certificate.search.disagreements and not certificate.wrong and not certificate.passed
 
 
 @settings(max_examples=30)

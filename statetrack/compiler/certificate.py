@@ -21,13 +21,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from statetrack.compiler.assembly import Stage, reading
-from statetrack.compiler.discrete import MOST_PAIRS, StageWalk, random_words, search_pairs
+from statetrack.compiler.discrete import Search, StageWalk, random_words
 from statetrack.compiler.network import StageLayer
 from statetrack.compiler.operations import Head, Style
 
@@ -39,16 +39,9 @@ WORK = 1 << 23  # numbers in the keys of the random words
 COLUMNS = 128  # vectors side by side in one call of an op
 
 
-@dataclass(frozen=True)
-class Certificate:
-    """What was checked, and whether all of it held."""
+class Comparison(NamedTuple):
+    """The numeric half: single operations on vectors, bit by bit, and the keys that they are made of."""
 
-    passed: bool
-    dtype: str
-    backend: str
-    pairs: int
-    """pairs (network's state, automaton's state) that can occur, all in agreement unless `disagreements`"""
-    disagreements: int
     transitions: int
     """operations on vectors, compared bit by bit"""
     inexact: int
@@ -56,65 +49,64 @@ class Certificate:
     """different keys"""
     rounded: int
     """keys that are not dyadic, so that sums in another order may round"""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was checked, and whether all of it held."""
+
+    dtype: str
+    backend: str
+    search: Search
+    comparison: Comparison
     tokens: int
     """random letters run in parallel"""
     wrong: int
-    complete: bool
-    """whether the pairs were searched to the end"""
-    argument: str = ""
-    """what stands in place of the search, where the network has too many states for one"""
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is a proof."""
+        found = self.search.disagreements, self.comparison.inexact, self.comparison.rounded, self.wrong
+        return self.search.complete and not any(found)
 
     def __str__(self) -> str:
         """Return the certificate as text."""
-        searched = "" if self.complete else f" (stopped at {MOST_PAIRS}: not a proof)"
-        pairs = f"network x automaton: {self.pairs} reachable pairs, {self.disagreements} disagree{searched}"
         verdict = "EXACT AT EVERY LENGTH" if self.passed else "NOT EXACT"
+        transitions, inexact, keys, rounded = self.comparison
         return "\n".join(
             [
                 f"{verdict} in {self.dtype}, backend {self.backend}",
-                f"  {self.argument or pairs}",
-                f"  operation x vector:  {self.transitions} transitions compared bit by bit, {self.inexact} differ",
-                f"  dyadic:              {self.keys} different keys, {self.rounded} not",
+                f"  {self.search}",
+                f"  operation x vector:  {transitions} transitions compared bit by bit, {inexact} differ",
+                f"  dyadic:              {keys} different keys, {rounded} not",
                 f"  in parallel:         {self.tokens} random letters, {self.wrong} states wrong",
             ]
         )
 
 
 def certify(compiled: CompiledAutomaton, dtype: torch.dtype, backend: str, device: str) -> Certificate:
-    """Check a compiled automaton in one arithmetic."""
-    pairs, disagreements, complete = search_pairs(compiled)
-    network = compiled.copy_in(dtype, device)
-    transitions = inexact = keys = rounded = cost = 0
-    for layer, stage in zip(network.layers, compiled.stages, strict=True):
-        assert isinstance(layer, StageLayer)
-        different, bad = count_dyadic(layer)
-        compared, differ = compare_bits(layer, stage, compiled.style, backend)
-        keys, rounded = keys + different, rounded + bad
-        transitions, inexact = transitions + compared, inexact + differ
-        cost += layer.keys[0].numel()
-    tokens, wrong = run_random_words(network, cost, backend)
-    return Certificate(
-        passed=not (disagreements or inexact or rounded or wrong) and complete,
-        dtype=str(dtype).removeprefix("torch."),
-        backend=backend,
-        pairs=pairs,
-        disagreements=disagreements,
-        transitions=transitions,
-        inexact=inexact,
-        keys=keys,
-        rounded=rounded,
-        tokens=tokens,
-        wrong=wrong,
-        complete=complete,
-    )
+    """Check a compiled automaton in one arithmetic: its own symbolic half, then its numbers, then random words."""
+    search, network = compiled.search(), compiled.copy_in(dtype, device)
+    comparison, (tokens, wrong) = network.compare(backend), run_random_words(network, backend)
+    return Certificate(str(dtype).removeprefix("torch."), backend, search, comparison, tokens, wrong)
 
 
-def run_random_words(network: CompiledAutomaton, cost: int, backend: str) -> tuple[int, int]:
+def run_random_words(network: CompiledAutomaton, backend: str) -> tuple[int, int]:
     """Run random words in parallel, fewer the more numbers a token takes; return how many letters, how many wrong."""
+    cost = sum(factors * width for factors, width in zip(network.factors, network.widths, strict=True))
     length = max(SHORTEST, min(LONGEST, WORK // (WORDS * max(1, cost))))
     words = random_words(network.automaton, WORDS, length)
     got = network.states(torch.from_numpy(words).to(network.classes.device), backend=backend).cpu().numpy()
     return words.size, int((got != network.automaton.run(words)).sum())
+
+
+def compare_stages(network: CompiledAutomaton, backend: str) -> Comparison:
+    """Compare the operations of all stages, and count their keys."""
+    found = []
+    for layer, stage in zip(network.layers, network.stages, strict=True):
+        assert isinstance(layer, StageLayer)
+        found.append((*compare_bits(layer, stage, network.style, backend), *count_dyadic(layer)))
+    return Comparison(*map(sum, zip((0, 0, 0, 0), *found, strict=True)))
 
 
 def count_dyadic(layer: StageLayer) -> tuple[int, int]:

@@ -18,7 +18,8 @@ from torch import Tensor
 from statetrack.automata import Automaton
 from statetrack.compiler.assembly import Stage
 from statetrack.compiler.cascade import sink_of
-from statetrack.compiler.certificate import Certificate, certify
+from statetrack.compiler.certificate import Certificate, Comparison, certify, compare_stages
+from statetrack.compiler.discrete import Search, search_pairs
 from statetrack.compiler.network import Network, State
 from statetrack.compiler.operations import UNITS, Head, Merge, Operation, Style, Swap
 from statetrack.errors import UsageError
@@ -172,11 +173,15 @@ class CompiledAutomaton(Network):
             if dtype not in DTYPES:
                 raise UsageError(f"dtype={dtype!r} is unknown; accepted: {', '.join(DTYPES)}")
             dtype = DTYPES[dtype]
-        return self.certify(dtype, backend, device)
-
-    def certify(self, dtype: torch.dtype, backend: str, device: str) -> Certificate:
-        """Prove it, for a torch.dtype."""
         return certify(self, dtype, backend, device)
+
+    def search(self) -> Search:
+        """Return the certificate's symbolic half."""
+        return search_pairs(self)
+
+    def compare(self, backend: str) -> Comparison:
+        """Return the certificate's numeric half, in this network's own arithmetic."""
+        return compare_stages(self, backend)
 
     def to_model(self, normalising: bool = False) -> Model:
         """Return an ordinary `Model` of DeltaProduct blocks with these weights (see to_model.py).

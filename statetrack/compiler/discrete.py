@@ -9,7 +9,7 @@ Letters: x letters (merged), r rows of a stage (one per head and reading).
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -132,9 +132,28 @@ class Walk:
         return (window, tuple(knew), tuple(moved)), known
 
 
-def search_pairs(compiled: CompiledAutomaton) -> tuple[int, int, bool]:
-    """Search the pairs (network's place, automaton's state) that can occur; return their number, how many disagree, and
-    whether all were seen.
+class Search(NamedTuple):
+    """The symbolic half of a certificate: what a network does if its arithmetic is exact."""
+
+    pairs: int
+    """pairs (network's place, automaton's state) that can occur"""
+    disagreements: int
+    """between them, or of the network's tables and the automaton's"""
+    complete: bool
+    """whether the pairs were searched to the end"""
+    argument: str = ""
+    """what stands in place of the search, where the network has too many states for one"""
+
+    def __str__(self) -> str:
+        """Return it as one line."""
+        if self.argument:
+            return f"{self.argument}; {self.disagreements} table entries differ"
+        stopped = "" if self.complete else f" (stopped at {MOST_PAIRS}: not a proof)"
+        return f"network x automaton: {self.pairs} reachable pairs, {self.disagreements} disagree{stopped}"
+
+
+def search_pairs(compiled: CompiledAutomaton) -> Search:
+    """Search the pairs (network's place, automaton's state) that can occur.
 
     A place from which nothing changes any more, with the automaton in a state that is never left, is not entered.
     """
@@ -156,10 +175,10 @@ def search_pairs(compiled: CompiledAutomaton) -> tuple[int, int, bool]:
             if pair in seen or (stuck[r] and last and code == len(states) - 1 and last.stays(pair[0][2][-1], code)):
                 continue
             if len(seen) >= MOST_PAIRS:
-                return len(seen), disagreements, False
+                return Search(len(seen), disagreements, complete=False)
             seen.add(pair)
             todo.append(pair)
-    return len(seen), disagreements, True
+    return Search(len(seen), disagreements, complete=True)
 
 
 def _pair(walk: Walk, place: Place, x: int, r: int) -> tuple[tuple[Place, int], int]:

@@ -26,13 +26,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from statetrack.compiler.assembly import READING, groups
-from statetrack.compiler.certificate import Certificate, dyadic, run_random_words
+from statetrack.compiler.certificate import Comparison, dyadic
 from statetrack.compiler.compiled import Blueprint, CompiledAutomaton
+from statetrack.compiler.discrete import Search
 from statetrack.compiler.network import PIECE, StageState, State
 from statetrack.compiler.operations import UNITS, Head
 from statetrack.ops import delta_rule
 
 WORD = 62  # bits of a set in one integer
+ARGUMENT = "Zeiger's chain:      right by induction over layers and letters (zeiger.py), if every factor is exact"
 
 
 class ChainLayer(nn.Module):
@@ -252,48 +254,39 @@ class Chain(CompiledAutomaton):
         """Return the one state that is left."""
         return known.long().argmax(-1)
 
-    def certify(self, dtype: torch.dtype, backend: str, device: str) -> Certificate:
-        """Prove, factor by factor, that the network is right on every word."""
-        network = self.copy_in(dtype, device)
-        layer = network.layers[0] if self.depth else None
+    def search(self) -> Search:
+        """Return that the induction above stands for the search, and what differs from the tables that it is about."""
+        made = self.blueprint.build().state_dict()
+        tensors = [(tensor.cpu(), made[name]) for name, tensor in self.state_dict().items()]
+        differ = sum(int((tensor != right.to(tensor.dtype)).sum()) for tensor, right in tensors)
+        return Search(0, differ, complete=True, argument=ARGUMENT)
+
+    def compare(self, backend: str) -> Comparison:
+        """Return how every factor compares; all layers have the same."""
+        layer = self.layers[0] if self.depth else None
         assert isinstance(layer, ChainLayer | None)
-        transitions, inexact, keys, rounded = compare_factors(layer, backend) if layer else (0, 0, 0, 0)
-        tokens, wrong = run_random_words(network, sum(self.widths) * max(self.factors, default=1), backend)
-        return Certificate(
-            passed=not (inexact or rounded or wrong),
-            dtype=str(dtype).removeprefix("torch."),
-            backend=backend,
-            pairs=0,
-            disagreements=0,
-            transitions=transitions,
-            inexact=inexact,
-            keys=keys,
-            rounded=rounded,
-            tokens=tokens,
-            wrong=wrong,
-            complete=True,
-            argument="Zeiger's chain:      right by induction over layers and letters (compiler/zeiger.py), if every "
-            "factor is exact",
-        )
+        return compare_factors(layer, backend) if layer else Comparison(0, 0, 0, 0)
 
 
-def compare_factors(layer: ChainLayer, backend: str) -> tuple[int, int, int, int]:
+def compare_factors(layer: ChainLayer, backend: str) -> Comparison:
     """Run every swap, clear and write on all 0/1 values of the coordinates that it touches; a gated write on ones too.
 
-    Return how many were compared, how many differ, how many keys there are, and how many are not dyadic.
+    What is read is compared as well.
     """
     Q, n = len(layer.moves), layer.copies
+    weights = torch.tensor(groups(Head(Q, (), [])), dtype=torch.float32)
     swaps, clears, write, values, want = _each_factor(Q, layer.gated)
     differ = rounded = keys = 0
     for part in torch.arange(len(write)).split(max(1, PIECE // (8 * layer.query.numel()))):
         factors = layer.factors(swaps[part], clears[part], write[part])
         key = factors[0].double().cpu().flatten(0, 1)
         keys, rounded = keys + len(key), rounded + int((~dyadic(key)).sum())
-        memory = values[part].repeat_interleave(n, dim=1)[:, None].expand(-1, len(layer.query), -1, -1)
+        memory = values[part].repeat_interleave(n, dim=1)[:, None].expand(-1, len(weights), -1, -1)
         events = torch.arange(len(part), device=layer.query.device)[:, None]
-        _, got = layer.scan(events, factors, memory.contiguous().to(events.device), backend)
-        differ += int((got.cpu() != want[part].repeat_interleave(n, dim=1)[:, None]).any(1).any(1).sum())
-    return want[:, 0].numel(), differ, keys, rounded
+        o, got = layer.scan(events, factors, memory.contiguous().to(events.device), backend)
+        unequal = (got.cpu() != want[part].repeat_interleave(n, dim=1)[:, None]).any(2)
+        differ += int((unequal | (o[:, 0].cpu() != weights @ want[part])).any(1).sum())
+    return Comparison(want[:, 0].numel(), differ, keys, rounded)
 
 
 def _each_factor(Q: int, gated: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
