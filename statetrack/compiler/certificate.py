@@ -7,11 +7,11 @@ its states and the automaton's that can occur are searched: in each, both say th
 kernel in question, and the memory and the reading compared bit by bit. Most heads hold no other vector. A register
 does, but an operation is an affine map, which these vectors determine, as long as nothing is rounded:
 
-*Dyadic*: all betas are 0, 1 or 2, all keys' entries multiples of 1/2, all squared lengths powers of two, and all of at
-most 2. Between two factors i and j of a chunk, the inverse of its triangular system has beta_j |k_i| / |k_j| <= 2 at
-most, because what lies between them is a contraction; so with up to 362 factors all numbers on the way, sums included,
-are multiples of 1/64 below 2^18. Those are float32 numbers: nothing is rounded, in whatever order a kernel sums, so
-that many tokens in parallel give the same as one after the other. Random words are run in parallel as well.
+*Factors*: every factor is one of few kinds, entry by entry: it exchanges two coordinates, clears or writes one, merges
+one into another (`dplr`), or does nothing; with keys of length 1, on both copies of a coordinate alike. For these
+docs/theory.md proves that all numbers in a chunk of up to 362 factors, sums included, are multiples of 1/64 below 2^18.
+Those are float32 numbers: nothing is rounded, in whatever order a kernel sums, so that many tokens in parallel give the
+same as one after the other. Random words are run in parallel as well, which is a test of the kernel.
 
 Vectors exact after a token are exact after any number of them: a proof for every length.
 """
@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from statetrack.compiler.assembly import Stage, reading
+from statetrack.compiler.assembly import Stage, reading, rows_of
 from statetrack.compiler.discrete import Search, StageWalk, random_words
-from statetrack.compiler.network import StageLayer
+from statetrack.compiler.network import MapLayer, StageLayer
 from statetrack.compiler.operations import Head, Style
 
 if TYPE_CHECKING:
@@ -40,15 +40,15 @@ COLUMNS = 128  # vectors side by side in one call of an op
 
 
 class Comparison(NamedTuple):
-    """The numeric half: single operations on vectors, bit by bit, and the keys that they are made of."""
+    """The numeric half: single operations on vectors, bit by bit, and the factors that they are made of."""
 
     transitions: int
     """operations on vectors, compared bit by bit"""
     inexact: int
-    keys: int
-    """different keys"""
-    rounded: int
-    """keys that are not dyadic, so that sums in another order may round"""
+    factors: int
+    """of all operations"""
+    others: int
+    """factors of none of the kinds that are exact in a chunk"""
 
 
 @dataclass(frozen=True)
@@ -66,19 +66,19 @@ class Certificate:
     @property
     def passed(self) -> bool:
         """Whether it is a proof."""
-        found = self.search.disagreements, self.comparison.inexact, self.comparison.rounded, self.wrong
+        found = self.search.disagreements, self.comparison.inexact, self.comparison.others, self.wrong
         return self.search.complete and not any(found)
 
     def __str__(self) -> str:
         """Return the certificate as text."""
         verdict = "EXACT AT EVERY LENGTH" if self.passed else "NOT EXACT"
-        transitions, inexact, keys, rounded = self.comparison
+        transitions, inexact, factors, others = self.comparison
         return "\n".join(
             [
                 f"{verdict} in {self.dtype}, backend {self.backend}",
                 f"  {self.search}",
                 f"  operation x vector:  {transitions} transitions compared bit by bit, {inexact} differ",
-                f"  dyadic:              {keys} different keys, {rounded} not",
+                f"  factors:             {factors}, {others} of no kind that is exact in a chunk",
                 f"  in parallel:         {self.tokens} random letters, {self.wrong} states wrong",
             ]
         )
@@ -101,29 +101,51 @@ def run_random_words(network: CompiledAutomaton, backend: str) -> tuple[int, int
 
 
 def compare_stages(network: CompiledAutomaton, backend: str) -> Comparison:
-    """Compare the operations of all stages, and count their keys."""
+    """Compare the operations of all stages, and look at their factors."""
     found = []
     for layer, stage in zip(network.layers, network.stages, strict=True):
         assert isinstance(layer, StageLayer)
-        found.append((*compare_bits(layer, stage, network.style, backend), *count_dyadic(layer)))
+        found.append((*compare_bits(layer, stage, network.style, backend), *count_factors(layer, stage, network.style)))
     return Comparison(*map(sum, zip((0, 0, 0, 0), *found, strict=True)))
 
 
-def count_dyadic(layer: StageLayer) -> tuple[int, int]:
-    """Return how many different factors a layer has, and how many are not as the dyadic argument needs them."""
-    parts = [layer.keys, layer.b] if layer.asymmetric else [layer.keys, layer.beta[..., None]]
-    different = torch.unique(torch.cat([part.double().cpu() for part in parts], dim=-1).flatten(0, -2), dim=0)
-    size = layer.keys.shape[-1]
-    key, rest = different[:, :size], different[:, size:]
-    good = dyadic(key) & torch.isin(rest, torch.tensor([-1.0, 0.0, 1.0, 2.0], dtype=rest.dtype)).all(-1)
-    return len(different), int((~good).sum())
+def count_factors(layer: StageLayer, stage: Stage, style: Style) -> tuple[int, int]:
+    """Return how many factors a stage's operations have, and how many of them are of no kind that is exact."""
+    if isinstance(layer, MapLayer):
+        good = are_maps(layer.keys.float(), layer.b.float())
+        return good.numel(), int((~good).sum())
+    found = []
+    for r, (head, _) in enumerate(rows_of(stage)):
+        made = slice(len(head.operations))
+        key, value, beta = (t[made, :, r].float() for t in (layer.keys, layer.values, layer.beta))
+        found.append(are_moves(key, value, beta, style.copies(head)))
+    good = torch.cat([one.flatten() for one in found])
+    decays = layer.log_decay.float()
+    return good.numel(), int((~good).sum()) + int(((decays != 0) & (decays != -torch.inf)).sum())
 
 
-def dyadic(keys: Tensor) -> Tensor:
-    """Return which keys have multiples of 1/2 as entries, and a power of two up to 2, or 0, as squared length."""
-    squared = keys.square().sum(-1)
-    halves = ((keys * 2).round() == keys * 2).all(-1)
-    return halves & (squared <= 2) & ((torch.frexp(squared).mantissa == 0.5) | (squared == 0))
+def are_moves(key: Tensor, value: Tensor, beta: Tensor, copies: int) -> Tensor:
+    """Return which factors I - beta kh kh^T exchange two coordinates, clear or write one, or do nothing.
+
+    An exchange has the same entry, 1 / copies or -1 / copies, at all copies of a coordinate; a clear has one entry.
+    """
+    pairs = key[..., : key.shape[-1] // copies * copies].unflatten(-1, (-1, copies))
+    entries = pairs.sum(-1)
+    alike = (pairs == pairs[..., :1]).flatten(-2).all(-1) & (key.abs().sum(-1) == 2)
+    swap = alike & _unit(entries.clamp(min=0)) & _unit(-entries.clamp(max=0)) & (beta == 2) & (value == 0)
+    clear = _unit(key) & (beta == 1) & ((value == 0) | (value == 1))
+    return swap | clear | (beta == 0)
+
+
+def are_maps(a: Tensor, b: Tensor) -> Tensor:
+    """Return which factors I + b a^T exchange two coordinates, merge one into another, or do nothing."""
+    swap = _unit(a.clamp(min=0)) & _unit(-a.clamp(max=0)) & (b == -a).all(-1)
+    return swap | _unit(a) & _unit(a + b) | ((a == 0) & (b == 0)).all(-1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Return which vectors are unit vectors."""
+    return ((x == 0) | (x == 1)).all(-1) & (x.sum(-1) == 1)
 
 
 def compare_bits(layer: StageLayer, stage: Stage, style: Style, backend: str) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 A stage looks up, for the letter and what the layers below knew before it, the factors of every head; runs the op, which
 is a parallel scan over the tokens; and decodes what the heads read. Nothing in it is approximate: keys are small
-integers (or dyadic), so that states stay in {0, 1} to the last bit.
+integers or halves, so that states stay in {0, 1} to the last bit.
 
 A long sequence with few beside it is cut into segments that run side by side, each from all unit vectors and zero at
 once: a head's operations are affine, so what they give for its true start is a sum of what they give for these.

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from statetrack.compiler.assembly import READING, groups
-from statetrack.compiler.certificate import Comparison, dyadic
+from statetrack.compiler.certificate import Comparison, are_moves
 from statetrack.compiler.compiled import Blueprint, CompiledAutomaton
 from statetrack.compiler.discrete import Search
 from statetrack.compiler.network import PIECE, StageState, State
@@ -276,17 +276,17 @@ def compare_factors(layer: ChainLayer, backend: str) -> Comparison:
     Q, n = len(layer.moves), layer.copies
     weights = torch.tensor(groups(Head(Q, (), [])), dtype=torch.float32)
     swaps, clears, write, values, want = _each_factor(Q, layer.gated)
-    differ = rounded = keys = 0
+    differ = others = number = 0
     for part in torch.arange(len(write)).split(max(1, PIECE // (8 * layer.query.numel()))):
         factors = layer.factors(swaps[part], clears[part], write[part])
-        key = factors[0].double().cpu().flatten(0, 1)
-        keys, rounded = keys + len(key), rounded + int((~dyadic(key)).sum())
+        good = are_moves(*(t.float() for t in factors[:3]), copies=n)
+        number, others = number + good.numel(), others + int((~good).sum())
         memory = values[part].repeat_interleave(n, dim=1)[:, None].expand(-1, len(weights), -1, -1)
         events = torch.arange(len(part), device=layer.query.device)[:, None]
         o, got = layer.scan(events, factors, memory.contiguous().to(events.device), backend)
         unequal = (got.cpu() != want[part].repeat_interleave(n, dim=1)[:, None]).any(2)
         differ += int((unequal | (o[:, 0].cpu() != weights @ want[part])).any(1).sum())
-    return Comparison(want[:, 0].numel(), differ, keys, rounded)
+    return Comparison(want[:, 0].numel(), differ, number, others)
 
 
 def _each_factor(Q: int, gated: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
