@@ -43,7 +43,6 @@ class OpCase:
     per_token: tuple[str, ...]
     """arguments whose dimension 1 is T"""
     options: dict[str, Any] = field(default_factory=dict)
-    backends: tuple[str, ...] = ("chunk",)
 
     def run(self, tensors: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
         """Call the op."""
@@ -153,22 +152,22 @@ ATTENTION = ("q", "k", "v", "decay")
 DPLR = ("q", "k", "v", "a", "b", "log_decay")
 
 OPS = [
-    OpCase("delta", delta_rule, delta_inputs(), DELTA, backends=CPU),
-    OpCase("delta-3-factors", delta_rule, delta_inputs(N=3), DELTA, backends=CPU),
-    OpCase("delta-head-decay", delta_rule, delta_inputs(decay="head"), DELTA, backends=CPU),
-    OpCase("delta-key-decay", delta_rule, delta_inputs(K=20, decay="key"), DELTA, backends=CPU),
-    OpCase("delta-mild-head-decay", delta_rule, delta_inputs(decay="mild-head"), DELTA, backends=CPU),
-    OpCase("delta-mild-key-decay", delta_rule, delta_inputs(N=2, K=20, decay="mild-key"), DELTA, backends=CPU),
-    OpCase("delta-wide", delta_rule, delta_inputs(N=2, K=20, V=12, decay="head"), DELTA, backends=CPU),
-    OpCase("delta-shared-heads", delta_rule, delta_inputs(H=4, Hk=2, N=2, decay="head"), DELTA, backends=CPU),
-    OpCase("delta-shared-heads-key-decay", delta_rule, delta_inputs(H=4, Hk=2, N=2, decay="key"), DELTA, backends=CPU),
-    OpCase("delta-hard", delta_rule, delta_inputs(hard=True), DELTA, backends=CPU),
-    OpCase("delta-hard-head-decay", delta_rule, delta_inputs(N=2, decay="head", hard=True), DELTA, backends=CPU),
-    OpCase("delta-hard-key-decay", delta_rule, delta_inputs(N=2, decay="key", hard=True), DELTA, backends=CPU),
-    OpCase("delta-scale", delta_rule, delta_inputs(K=2, V=1), DELTA, {"scale": 0.7}, CPU),
-    OpCase("scan-[-1,1]", selective_scan, scan_inputs(), SCAN, {"eigenvalues": (-1.0, 1.0)}, CPU),
-    OpCase("scan-[0,1]", selective_scan, scan_inputs(gate=True), SCAN, {"eigenvalues": (0.0, 1.0)}, CPU),
-    OpCase("scan-[-0.5,0.25]", selective_scan, scan_inputs(D=70, skip=False), SCAN, {"eigenvalues": (-0.5, 0.25)}, CPU),
+    OpCase("delta", delta_rule, delta_inputs(), DELTA),
+    OpCase("delta-3-factors", delta_rule, delta_inputs(N=3), DELTA),
+    OpCase("delta-head-decay", delta_rule, delta_inputs(decay="head"), DELTA),
+    OpCase("delta-key-decay", delta_rule, delta_inputs(K=20, decay="key"), DELTA),
+    OpCase("delta-mild-head-decay", delta_rule, delta_inputs(decay="mild-head"), DELTA),
+    OpCase("delta-mild-key-decay", delta_rule, delta_inputs(N=2, K=20, decay="mild-key"), DELTA),
+    OpCase("delta-wide", delta_rule, delta_inputs(N=2, K=20, V=12, decay="head"), DELTA),
+    OpCase("delta-shared-heads", delta_rule, delta_inputs(H=4, Hk=2, N=2, decay="head"), DELTA),
+    OpCase("delta-shared-heads-key-decay", delta_rule, delta_inputs(H=4, Hk=2, N=2, decay="key"), DELTA),
+    OpCase("delta-hard", delta_rule, delta_inputs(hard=True), DELTA),
+    OpCase("delta-hard-head-decay", delta_rule, delta_inputs(N=2, decay="head", hard=True), DELTA),
+    OpCase("delta-hard-key-decay", delta_rule, delta_inputs(N=2, decay="key", hard=True), DELTA),
+    OpCase("delta-scale", delta_rule, delta_inputs(K=2, V=1), DELTA, {"scale": 0.7}),
+    OpCase("scan-[-1,1]", selective_scan, scan_inputs(), SCAN, {"eigenvalues": (-1.0, 1.0)}),
+    OpCase("scan-[0,1]", selective_scan, scan_inputs(gate=True), SCAN, {"eigenvalues": (0.0, 1.0)}),
+    OpCase("scan-[-0.5,0.25]", selective_scan, scan_inputs(D=70, skip=False), SCAN, {"eigenvalues": (-0.5, 0.25)}),
     OpCase("attention-head-decay", gated_linear_attention, attention_inputs(), ATTENTION),
     OpCase("attention-key-decay", gated_linear_attention, attention_inputs(K=20, decay="key"), ATTENTION),
     OpCase("attention-shared-heads", gated_linear_attention, attention_inputs(H=4, Hk=2), ATTENTION),

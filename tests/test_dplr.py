@@ -10,10 +10,9 @@ from torch.nn import functional as F
 from statetrack.errors import UsageError
 from statetrack.ops import delta_rule, dplr
 
-from .cases import delta_inputs, dplr_inputs
+from .cases import CPU, delta_inputs, dplr_inputs
 
-BACKENDS = ("reference", "chunk")
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_backend = pytest.mark.parametrize("backend", ("reference", *CPU))
 
 
 def moves(tokens: int, states: int, kind: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,7 +95,7 @@ BAD = {
     "log_decay has shape": {"log_decay": torch.zeros(2, 3, 2)},
     "must be a multiple": {"v": torch.zeros(2, 3, 3, 4)},
     "must share one dtype": {"k": torch.zeros(2, 3, 2, 5, dtype=torch.float64)},
-    "'numba' is not available for this op": {"backend": "numba"},
+    "'fast' is unknown": {"backend": "fast"},
 }
 
 

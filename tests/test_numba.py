@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from statetrack.errors import UsageError
-from statetrack.ops import checks, delta_rule, selective_scan
+from statetrack.ops import checks, delta_rule, dplr, gated_linear_attention, selective_scan
 
-from .cases import OpCase, delta_inputs, scan_inputs
+from .cases import OpCase, attention_inputs, delta_inputs, dplr_inputs, scan_inputs
 from .test_ops import EXACT, assert_close, run_with_grads
 
 WIDE = [
@@ -20,6 +20,10 @@ WIDE = [
     OpCase("delta-7-33", delta_rule, delta_inputs(N=2, K=7, V=33, decay="key"), ()),
     OpCase("delta-32-17", delta_rule, delta_inputs(N=20, K=32, V=17), ()),
     OpCase("scan-130-9", selective_scan, scan_inputs(D=130, M=9), ()),
+    OpCase("attention-65-70", gated_linear_attention, attention_inputs(H=4, Hk=2, K=65, V=70), ()),
+    OpCase("attention-7-33", gated_linear_attention, attention_inputs(K=7, V=33, decay="key", hard=True), ()),
+    OpCase("dplr-65-70", dplr, dplr_inputs(H=4, Hk=2, K=65, V=70), ()),
+    OpCase("dplr-32-17", dplr, dplr_inputs(K=32, V=17, hard=True), ()),
 ]
 
 
@@ -63,20 +67,22 @@ def test_exp_is_right_to_one_unit_in_the_last_place_and_at_the_edges():
     np.testing.assert_array_equal(exp(edges), [0, 0, 1, 1, np.inf, np.inf, np.nan])
 
 
-def calls(generator: torch.Generator) -> dict[str, Any]:
-    delta, scan = (
-        {n: x.float() for n, x in make(generator, 1, 50).items()} for make in (delta_inputs(), scan_inputs())
-    )
-
-    def run(op: Any, x: dict[str, Tensor]) -> Any:
-        return lambda backend: torch.cat([y.flatten() for y in op(**x, backend=backend)])
-
-    return {"delta_rule": run(delta_rule, delta), "selective_scan": run(selective_scan, scan)}
+INPUTS = {
+    delta_rule: delta_inputs(),
+    selective_scan: scan_inputs(),
+    gated_linear_attention: attention_inputs(),
+    dplr: dplr_inputs(),
+}
+every_op = pytest.mark.parametrize("op", INPUTS, ids=lambda op: op.__name__)
 
 
-@pytest.mark.parametrize("op", ["delta_rule", "selective_scan"])
-def test_auto_takes_the_kernels_where_numba_is_installed(op: str, generator, monkeypatch: pytest.MonkeyPatch):
-    run = calls(generator)[op]
+@every_op
+def test_auto_takes_the_kernels_where_numba_is_installed(op: Any, generator, monkeypatch: pytest.MonkeyPatch):
+    x = {name: tensor.float() for name, tensor in INPUTS[op](generator, 1, 50).items()}
+
+    def run(backend: str) -> Tensor:
+        return torch.cat([y.flatten() for y in op(**x, backend=backend)])
+
     assert torch.equal(run("auto"), run("numba")) and not torch.equal(run("chunk"), run("numba"))
     monkeypatch.setattr(checks, "NUMBA_INSTALLED", False)
     assert torch.equal(run("auto"), run("chunk"))
@@ -84,7 +90,8 @@ def test_auto_takes_the_kernels_where_numba_is_installed(op: str, generator, mon
         run("numba")
 
 
-def test_tensors_elsewhere_are_refused(generator):
-    x = {n: t.float().to("meta") for n, t in delta_inputs()(generator, 1, 3).items()}
+@every_op
+def test_tensors_elsewhere_are_refused(op: Any, generator):
+    x = {n: t.float().to("meta") for n, t in INPUTS[op](generator, 1, 3).items()}
     with pytest.raises(UsageError, match='needs tensors on the CPU, got meta; use backend="chunk"'):
-        delta_rule(**x, backend="numba")
+        op(**x, backend="numba")

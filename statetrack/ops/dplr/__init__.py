@@ -28,6 +28,7 @@ from statetrack.ops.checks import (
     check_same_dtype,
     check_shape,
     check_tensors,
+    numba_chosen,
     sequence_lengths,
 )
 from statetrack.ops.dplr.chunk import dplr_chunk
@@ -64,8 +65,9 @@ def dplr(
         scale: factor of the output. Default: K ** -0.5.
         initial_state: state before the first token, one per sequence (S = B, or the number of packed sequences).
         cu_seqlens: offsets [0, ..., T] of sequences packed along T; needs B = 1.
-        backend: "reference" (the definition), "chunk" (fast, CPU and GPU), "triton" (GPU kernels), or "auto", the
-            fastest that takes the inputs.
+        backend: "reference" (the definition), "chunk" (fast, CPU and GPU), "triton" (GPU kernels), "numba" (compiled,
+            CPU only, faster) or "auto": "triton" on a GPU and "numba" on a CPU where that is installed and takes the
+            input, else "chunk".
 
     Returns:
         o in the dtype of v, and the state after each sequence's last token in float32 (float64 for float64 inputs).
@@ -73,7 +75,7 @@ def dplr(
     Raises:
         UsageError: a shape, dtype, device, cu_seqlens or backend that does not fit.
     """
-    check_backend(backend, ("reference", "chunk", "triton"))
+    check_backend(backend, ("reference", "chunk", "triton", "numba"))
     check_tensors(q=q, k=k, v=v, a=a, b=b, log_decay=log_decay, initial_state=initial_state)
     lengths = _check_shapes(q, k, v, a, b, log_decay, initial_state, cu_seqlens)
     check_same_dtype(q=q, k=k, v=v)
@@ -98,6 +100,10 @@ def dplr(
         q, k, a, b, log_decay = (x.to(compute) for x in (q, k, a, b, log_decay))
         o, state = dplr_reference(q, k, v.to(compute), a, b, log_decay, scale, initial_state, lengths)
         return o.to(v.dtype), state
+    if numba_chosen(backend, q):
+        from statetrack.ops.numba_matrix import dplr_numba
+
+        return dplr_numba(q, k, v, a, b, log_decay, scale, initial_state, lengths)
     return dplr_chunk(q, k, v, a, b, log_decay, scale, initial_state, lengths)
 
 

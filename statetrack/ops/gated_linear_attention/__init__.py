@@ -24,6 +24,7 @@ from statetrack.ops.checks import (
     check_same_dtype,
     check_shape,
     check_tensors,
+    numba_chosen,
     sequence_lengths,
 )
 from statetrack.ops.gated_linear_attention.chunk import gated_linear_attention_chunk
@@ -57,7 +58,8 @@ def gated_linear_attention(
         initial_state: state before the first token, one per sequence (S = B, or the number of packed sequences).
         cu_seqlens: offsets [0, ..., T] of sequences packed along T; needs B = 1.
         backend: "reference" (the definition), "chunk" (fast, CPU and GPU), "triton" (faster, GPU; float32, bfloat16,
-            float16) or "auto": "triton" where it is installed and takes the input, else "chunk".
+            float16), "numba" (compiled, CPU only, faster) or "auto": "triton" on a GPU and "numba" on a CPU where
+            that is installed and takes the input, else "chunk".
 
     Returns:
         o in the dtype of v, and the state after each sequence's last token in float32 (float64 for float64 inputs).
@@ -65,7 +67,7 @@ def gated_linear_attention(
     Raises:
         UsageError: a shape, dtype, device, cu_seqlens or backend that does not fit.
     """
-    check_backend(backend, ("reference", "chunk", "triton"))
+    check_backend(backend, ("reference", "chunk", "triton", "numba"))
     check_tensors(q=q, k=k, v=v, decay=decay, initial_state=initial_state)
     lengths = _check_shapes(q, k, v, decay, initial_state, cu_seqlens)
     check_same_dtype(q=q, k=k, v=v)
@@ -88,6 +90,10 @@ def gated_linear_attention(
         cast = q.to(compute), k.to(compute), v.to(compute), decay.to(compute)
         o, state = gated_linear_attention_reference(*cast, scale, initial_state, lengths)
         return o.to(v.dtype), state
+    if numba_chosen(backend, q):
+        from statetrack.ops.numba_matrix import gated_linear_attention_numba
+
+        return gated_linear_attention_numba(q, k, v, decay, scale, initial_state, lengths)
     return gated_linear_attention_chunk(q, k, v, decay, scale, initial_state, lengths)
 
 
