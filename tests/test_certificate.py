@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from statetrack import compile
 from statetrack.automata import Automaton
 from statetrack.compiler import CompiledAutomaton
+from statetrack.compiler import certificate as certificate_module
 from statetrack.compiler.certificate import are_maps, are_moves
 from statetrack.compiler.discrete import Search, Walk, random_words, search_pairs
 from statetrack.compiler.network import MapLayer
@@ -56,6 +58,19 @@ def test_the_reference_backend_and_the_asymmetric_structure():
         assert network.certificate("float32", "reference").passed
     with pytest.raises(UsageError, match="dtype='int8' is unknown"):
         network.certificate("int8")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("structure", ["householder", "gated", "dplr"])
+def test_the_triton_kernels(structure: str, monkeypatch: pytest.MonkeyPatch):
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:  # interpreted: float32 alone (the interpreter takes bfloat16 tiles for integers), and slow
+        monkeypatch.setattr(certificate_module, "LONGEST", 70)
+        monkeypatch.setattr(certificate_module, "SHORTEST", 70)
+    network = compile(LANGUAGES["binary %6==0"](), structure=structure, timeout=0)
+    for dtype in DTYPES if on_gpu else ("float32",):
+        certificate = network.certificate(dtype, "triton", "cuda" if on_gpu else "cpu")
+        assert certificate.passed and certificate.tokens >= 280, str(certificate)
 
 
 def change(tensor: Tensor, place: int) -> None:
