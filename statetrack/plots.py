@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -35,7 +36,14 @@ def accuracy_by_length(
     trained: tuple[int, int] | None = None,
 ) -> list[Path]:
     """Draw one line per name, the mean over its seeds with a band from worst to best; write path.png and path.svg."""
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    names = {
+        name: name if len(seeds) == 1 else f"{name} ({len(seeds)} seeds, worst to best)"
+        for name, seeds in curves.items()
+    }
+    labels = {name: fill(label, 100) for name, label in names.items()}
+    below = max(map(len, names.values()), default=0) > 40  # no room for the legend at the side
+    lines = sum(label.count("\n") + 1 for label in labels.values()) if below else 0
+    figure = Figure(figsize=(7.2, 4.2 + 0.18 * lines), layout="constrained")
     axes = figure.add_subplot()
     lengths = [x for seeds in curves.values() for curve in seeds for x, _ in curve]
     if trained is not None:
@@ -46,10 +54,11 @@ def accuracy_by_length(
         rows = [[dict(curve)[x] for x in shared] for curve in seeds]
         mean = [sum(column) / len(column) for column in zip(*rows, strict=True)]
         colour, dash = COLOURS[i % len(COLOURS)], DASHES[(i // len(COLOURS) + i) % len(DASHES)]
-        label = name if len(seeds) == 1 else f"{name} ({len(seeds)} seeds, worst to best)"
         width = max(1.2, 4.0 - i)  # the first lines are wide, so that lines that coincide all show
         marker = "o" if len(shared) < 25 else None
-        axes.plot(shared, mean, dash, color=colour, label=label, linewidth=width, marker=marker, markersize=width + 2)
+        axes.plot(
+            shared, mean, dash, color=colour, label=labels[name], linewidth=width, marker=marker, markersize=width + 2
+        )
         if len(seeds) > 1:
             worst, best = [min(c) for c in zip(*rows, strict=True)], [max(c) for c in zip(*rows, strict=True)]
             axes.fill_between(shared, worst, best, color=colour, alpha=0.2, linewidth=0)
@@ -59,7 +68,10 @@ def accuracy_by_length(
     axes.set(xlabel="sequence length", ylabel=measure, title=title, ylim=(-0.1, 1.15))
     axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if below:
+        figure.legend(frameon=False, fontsize=8, loc="outside lower left")
+    else:
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return save_figure(figure, path)
 
 

@@ -255,10 +255,16 @@ def _curve(rows: list[dict[str, Any]]) -> tuple[str, list[tuple[int, float]]]:
 
 def _labels(configurations: list[Settings]) -> list[str]:
     """Name every configuration by its mixers and width, and by what else tells it from the others."""
-    several = [f.name for f in fields(Settings) if f.name != "model"]
+    several = [f.name for f in fields(Settings) if f.name not in ("model", "init_from_automaton")]
     several = [name for name in several if len({getattr(s, name) for s in configurations}) > 1]
     labels = [
-        ", ".join([_mixers(s.model), *(f"{name} {getattr(s, name)}" for name in several)]) for s in configurations
+        ", ".join(
+            [
+                _mixers(s.model) + " from its automaton" * s.init_from_automaton,
+                *(f"{name} {getattr(s, name)}" for name in several),
+            ]
+        )
+        for s in configurations
     ]
     return [label if labels.count(label) == 1 else f"{label} ({i + 1})" for i, label in enumerate(labels)]
 
