@@ -43,6 +43,7 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 T = TypeVar("T")
 Unset = Annotated[T, tyro.conf.arg(help_behavior_hint="")]  # the help text says the default itself
+Execution = Literal["auto", "eager", "compile", "graph", "compile+graph"]
 Device = Annotated[str, tyro.conf.arg(metavar="NAME")]
 RunPaths = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN ...", help_behavior_hint="")]
 
@@ -101,6 +102,8 @@ class TrainArguments:
     """cpu, cuda, or auto: a GPU where there is one"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 is autocast; auto: bfloat16 on a GPU, float32 elsewhere"""
+    execution: Execution = "auto"
+    """how a step is run; auto: as one CUDA graph on a GPU, eager elsewhere"""
     init_from_automaton: bool = False
     """start from the exact weights of the task's automaton (groups, automaton:FILE), which also give the model"""
     out: Unset[Path | None] = None

@@ -148,7 +148,8 @@ class Run:
         old, new = read_json(self.path / CONFIG)["settings"], json.loads(json.dumps(config["settings"]))
         if not isinstance(old, dict):
             raise UsageError(f"{self.path / CONFIG} is not a run's configuration; --force replaces the run")
-        free = {"steps", "device", "log_every", "checkpoint_every"}  # a run may be made longer, and watched differently
+        # a run may be made longer, and run and watched differently
+        free = {"steps", "device", "execution", "log_every", "checkpoint_every"}
         differing = [k for k in sorted(old.keys() | new.keys()) if k not in free and old.get(k) != new.get(k)]
         if differing:
             shown = "; ".join(_difference(k, old.get(k), new.get(k)) for k in differing)

@@ -1,8 +1,6 @@
 """The task trainer: AdamW, warm-up and cosine, gradient clipping, resumable to the last bit.
 
 The learning rate rises linearly over the first `warmup` share of the steps, then falls along a cosine to `min_lr`.
-Weight decay applies to matrices only: not to norms, biases and gates (one-dimensional), nor to what a layer marks
-(`no_weight_decay`).
 """
 
 from __future__ import annotations
@@ -16,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 import statetrack
 from statetrack.errors import UsageError
+from statetrack.execution import Answers, TrainingStep, check_execution
 from statetrack.model import Config, Model
 from statetrack.runs import CONFIG, EVALUATION, WEIGHTS, Run, commit, first_line, read_json
-from statetrack.tasks import IGNORE, Task, get_task
+from statetrack.tasks import Task, get_task
+
+MOST_UNWATCHED = 50
+"""steps on a GPU before signals and losses are looked at"""
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -51,6 +51,9 @@ class Settings:
     precision: str = "auto"
     """float32, bfloat16 (autocast), or auto: bfloat16 on a GPU, float32 elsewhere"""
     device: str = "auto"
+    execution: str = "auto"
+    """how a step is run: eager, compile, graph, compile+graph (statetrack.execution), or auto: graph on a GPU, eager
+    elsewhere"""
     init_from_automaton: bool = False
     """start from the exact weights of the task's automaton, compiled; `model` must be that model's configuration"""
     log_every: int = 20
@@ -76,6 +79,7 @@ class Settings:
             raise UsageError(f"seed must be at least 0 and below 2**63, got {self.seed}")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise UsageError(f"precision must be auto, float32 or bfloat16, got {self.precision!r}")
+        check_execution(self.execution)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; `from_dict` is the inverse."""
@@ -134,16 +138,6 @@ def choose_device(name: str) -> torch.device:
         raise UsageError(f"device {name!r} cannot be used: {first_line(error)}") from None
 
 
-def optimizer_for(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices only."""
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for p in model.parameters():
-        (free if p.ndim < 2 or getattr(p, "_no_weight_decay", False) else decayed).append(p)
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
-
-
 def learning_rate(settings: Settings, step: int) -> float:
     """Return the learning rate of a step, counted from 0."""
     warmup = round(settings.warmup * settings.steps)
@@ -189,37 +183,33 @@ class Trainer:
         self.device = choose_device(settings.device)
         torch.manual_seed(settings.seed)
         self.model: Model = initial_model(settings, self.task).to(self.device)
-        self.optimizer = optimizer_for(self.model, settings)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.step = 0
         gpu = self.device.type == "cuda"
-        self.autocast = settings.precision == "bfloat16" or (settings.precision == "auto" and gpu)
+        autocast = settings.precision == "bfloat16" or (settings.precision == "auto" and gpu)
+        self.run_step = TrainingStep(self.model, settings, self.device, autocast)
 
-    def train_step(self) -> dict[str, float]:
-        """Take one optimiser step; return its loss, accuracy, gradient norm and learning rate."""
-        s = self.settings
-        inputs, targets = self.task.sample(self.generator, s.batch_size, s.train_length)
-        inputs, targets = inputs.to(self.device), targets.to(self.device)
-        asked = targets != IGNORE
-        lr = learning_rate(s, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            logits, _ = self.model(inputs)
-        answers = logits[asked].float()
-        loss = F.cross_entropy(answers, targets[asked], label_smoothing=s.label_smoothing)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise UsageError(f"loss is {value} at step {self.step + 1}")
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.clip or math.inf).item()
-        if not math.isfinite(norm):
-            raise UsageError(f"the gradient's norm is {norm} at step {self.step + 1}")
-        self.optimizer.step()
-        self.step += 1
-        accuracy = (answers.detach().argmax(-1) == targets[asked]).float().mean().item()
-        return {"loss": value, "accuracy": accuracy, "grad_norm": norm, "lr": lr}
+    def train_steps(self, count: int = 1) -> list[dict[str, float]]:
+        """Take some optimiser steps; return loss, accuracy, gradient norm and learning rate of each.
+
+        The device is waited for once, at the end. Raises UsageError where a loss or a norm is not finite.
+        """
+        s, one_each = self.settings, self.task.supervision == "last"
+        rates, measured = [], []
+        for _ in range(count):
+            inputs, targets = self.task.sample(self.generator, s.batch_size, s.train_length)
+            batch = Answers.of(inputs, targets, one_each=one_each, device=self.device)
+            rates.append(learning_rate(s, self.step))
+            measured.append(self.run_step(batch, rates[-1]).clone())
+            self.step += 1
+        rows = []
+        for i, (loss, accuracy, norm) in enumerate(torch.stack(measured).tolist(), self.step - count + 1):
+            if not math.isfinite(loss):
+                raise UsageError(f"loss is {loss} at step {i}")
+            if not math.isfinite(norm):
+                raise UsageError(f"the gradient's norm is {norm} at step {i}")
+            rows.append({"loss": loss, "accuracy": accuracy, "grad_norm": norm, "lr": rates[len(rows)]})
+        return rows
 
     def state(self) -> dict[str, Any]:
         """Return all that resuming needs; refuse weights that are not finite."""
@@ -228,7 +218,7 @@ class Trainer:
         return {
             "step": self.step,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": {"state": self.run_step.state()},
             "generator": self.generator.get_state(),
             "torch": torch.get_rng_state(),
         }
@@ -237,7 +227,7 @@ class Trainer:
         """Go back to a `state()`."""
         try:
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.run_step.load_state(state["optimizer"]["state"])
             self.generator.set_state(state["generator"])
             torch.set_rng_state(state["torch"])
             self.step = state["step"]
@@ -256,9 +246,9 @@ def train(
 ) -> Model:
     """Train in the run directory `path` and return the model; the weights are also in `path`.
 
-    `report` is called after every step with {"step", "loss", "accuracy", ...}. `until`: the value of time.monotonic()
-    after which to save and stop. Raises UsageError for bad settings, an existing run (without resume or force), a
-    corrupt checkpoint and a loss that is not finite; Interrupted after SIGINT, SIGTERM or `until`.
+    `report` is called for every step with {"step", "loss", "accuracy", ...}, on a GPU up to 50 steps late. `until`: the
+    value of time.monotonic() after which to save and stop. Raises UsageError for bad settings, an existing run (without
+    resume or force), a corrupt checkpoint and a loss that is not finite; Interrupted after SIGINT, SIGTERM or `until`.
     """
     trainer, run = Trainer(settings), Run(path)
     config = {"settings": settings.to_dict(), "version": statetrack.__version__, "commit": commit()}
@@ -286,9 +276,10 @@ def _steps(trainer: Trainer, run: Run, signals: Signals, report: Report | None, 
     """Take the steps that are left, with log lines and checkpoints on the way and when stopped."""
     s, saved = trainer.settings, trainer.step
     while trainer.step < s.steps:
-        began = time.perf_counter()
+        first, began = trainer.step + 1, time.perf_counter()
         try:
-            row = trainer.train_step()
+            rows = trainer.train_steps(_unwatched(trainer))
+            seconds = (time.perf_counter() - began) / len(rows)
             last = trainer.step == s.steps
             stopped = signals.received or time.monotonic() > until
             keep = trainer.step % s.checkpoint_every == 0 or last or stopped
@@ -296,16 +287,26 @@ def _steps(trainer: Trainer, run: Run, signals: Signals, report: Report | None, 
         except UsageError as error:
             where = f"the last good checkpoint is of step {saved} in {run.path}"
             raise UsageError(f"{error}; {where}; lower the learning rate?") from None
-        row = {"step": trainer.step, **row, "seconds": time.perf_counter() - began}
-        if trainer.step % s.log_every == 0 or last:
-            run.append_metrics(row)
-        if report is not None:
-            report(row)
+        for step, numbers in enumerate(rows, first):
+            row = {"step": step, **numbers, "seconds": seconds}
+            if step % s.log_every == 0 or step == s.steps:
+                run.append_metrics(row)
+            if report is not None:
+                report(row)
         if checkpoint is not None:
             run.save_checkpoint(checkpoint)
             saved = trainer.step
         if checkpoint is not None and stopped and not last:
             raise Interrupted(signals.received, trainer.step, run.path)
+
+
+def _unwatched(trainer: Trainer) -> int:
+    """Return how many steps to take before looking: one on a CPU, else up to the next log line or checkpoint."""
+    s, done = trainer.settings, trainer.step
+    if trainer.device.type == "cpu":
+        return 1
+    due = (s.steps - done, s.log_every - done % s.log_every, s.checkpoint_every - done % s.checkpoint_every)
+    return min(*due, MOST_UNWATCHED)
 
 
 def load_settings(path: Path) -> Settings:

@@ -67,6 +67,7 @@ def train(a: TrainArguments) -> None:
         seed=a.seed,
         device=a.device,
         precision=a.precision,
+        execution=a.execution,
         init_from_automaton=a.init_from_automaton,
     )
     path = a.out or Path("runs") / run_name(a)

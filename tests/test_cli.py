@@ -214,13 +214,13 @@ def test_too_much_memory(command: Command, monkeypatch: pytest.MonkeyPatch):
     def refused(*_: Any) -> None:
         torch.empty(1 << 60)
 
-    monkeypatch.setattr(train.Trainer, "train_step", refused)
+    monkeypatch.setattr(train.Trainer, "train_steps", refused)
     assert "not enough memory: " in command.refused(TRAIN)
 
     def broken(*_: Any) -> None:
         raise RuntimeError("a defect of ours")
 
-    monkeypatch.setattr(train.Trainer, "train_step", broken)
+    monkeypatch.setattr(train.Trainer, "train_steps", broken)
     with pytest.raises(RuntimeError, match="a defect of ours"):
         command(f"{TRAIN} --resume")
 
@@ -284,7 +284,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(
 ):
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "train_step", signals_after(27, train.Trainer.train_step, signum))
+        patch.setattr(train.Trainer, "train_steps", signals_after(27, train.Trainer.train_steps, signum))
         found, out, err = command(TRAIN)
     assert (found, out) == (code, "") and the_line(err).startswith("stopped at step 27, saved in run; ")
     assert signal.getsignal(signal.SIGTERM) is handler

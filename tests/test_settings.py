@@ -11,7 +11,8 @@ from torch import nn
 
 from statetrack import runs
 from statetrack.errors import UsageError
-from statetrack.train import Settings, learning_rate, optimizer_for, train
+from statetrack.execution import optimizer_for
+from statetrack.train import Settings, learning_rate, train
 from tests.test_train import MIXERS, assert_same_run, rows, tiny
 
 
@@ -35,6 +36,8 @@ from tests.test_train import MIXERS, assert_same_run, rows, tiny
         ({"seed": -1}, "seed must be at least 0"),
         ({"seed": 1 << 63}, "seed must be at least 0 and below"),
         ({"precision": "float16"}, "got 'float16'"),
+        ({"execution": "fast"}, "execution must be auto, eager, compile, graph or compile.graph, got 'fast'"),
+        ({"execution": "graph"}, "execution='graph' needs a CUDA device, got cpu; accepted here: eager, compile"),
         ({"device": "meta"}, "got 'meta'"),
         ({"device": "cuda:99"}, "'cuda:99' cannot be used"),
         ({"task": "partiy"}, "did you mean 'parity'"),

@@ -202,20 +202,20 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path: Path):
 def test_what_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ):
-    real = Trainer.train_step
+    real = Trainer.train_steps
 
-    def failing(self: Trainer) -> dict[str, float]:
+    def failing(self: Trainer, count: int) -> list[dict[str, float]]:
         weight = self.model.head.weight
         if self.step == 5 and broken == "loss":
             weight.data.fill_(math.nan)
         elif self.step == 5 and broken == "gradient":
             weight.register_hook(lambda g: g * math.inf)
-        row = real(self)
+        measured = real(self, count)
         if self.step == 6 and broken == "weights":
             weight.data[0, 0] = math.inf
-        return row
+        return measured
 
-    monkeypatch.setattr(Trainer, "train_step", failing)
+    monkeypatch.setattr(Trainer, "train_steps", failing)
     expected = {"loss": "loss is nan at step 6", "gradient": "norm is (nan|inf) at step 6", "weights": "not finite at"}
     with pytest.raises(UsageError, match=f"{expected[broken]}.* the last good checkpoint is of step 3 in {tmp_path}"):
         train(tiny(), tmp_path / "cut")

@@ -111,7 +111,7 @@ class RetNet(nn.Module):
             cu_seqlens=offsets(packing),
             backend=self.config.backend,
         )
-        tokens = torch.tensor([x.shape[1]], device=x.device) if packing is None else packing.lengths
+        tokens = torch.full((1,), x.shape[1], device=x.device) if packing is None else packing.lengths
         memory = rotate(memory.transpose(2, 3).flatten(1, 2)[None], -tokens, self.config.rotary_base)
         memory = memory.view(-1, self.config.heads, self.value_dim, self.head_dim).transpose(2, 3)
         return self.o_proj(self.norm(o).flatten(2) * F.silu(self.output_gate(x))), MemoryState(memory)
