@@ -27,6 +27,9 @@ def check_free(path: Path, force: bool) -> None:
     """Raise UsageError where something would be overwritten."""
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; choose another directory")
+    above = next(p for p in path.absolute().parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"{path} cannot be made: {above} is no directory that may be written to")
     if not path.exists() or not any(path.iterdir()):
         return
     if not (path / NETWORK).exists():

@@ -319,8 +319,10 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read stdout has enough, as in `statetrack run ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (UsageError, OSError) as error:
+    except UsageError as error:
         _fail(str(error), 2)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 2)
     except _Terminated:
         _fail("stopped", 143)
     except KeyboardInterrupt:

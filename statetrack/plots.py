@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from textwrap import fill
 
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font
 from matplotlib.ticker import StrMethodFormatter
 
 from statetrack.errors import UsageError
@@ -27,6 +30,17 @@ COLOURS = (
 DASHES = ("-", "--", ":", "-.")
 
 
+def drawable(text: str) -> str:
+    """Return a text with every character that matplotlib's own fonts lack as its number, such as U+1F642."""
+    return "".join(c if ord(c) in _characters() else f"U+{ord(c):04X}" for c in text)
+
+
+@cache
+def _characters() -> frozenset[int]:
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono.ttf"
+    return frozenset(get_font(str(path)).get_charmap()) | {ord("\n")}
+
+
 def accuracy_by_length(
     curves: Mapping[str, Sequence[Curve]],
     path: Path,
@@ -40,7 +54,7 @@ def accuracy_by_length(
         name: name if len(seeds) == 1 else f"{name} ({len(seeds)} seeds, worst to best)"
         for name, seeds in curves.items()
     }
-    labels = {name: fill(label, 100) for name, label in names.items()}
+    labels = {name: fill(drawable(label), 100) for name, label in names.items()}
     below = max(map(len, names.values()), default=0) > 40  # no room for the legend at the side
     lines = sum(label.count("\n") + 1 for label in labels.values()) if below else 0
     figure = Figure(figsize=(7.2, 4.2 + 0.18 * lines), layout="constrained")
@@ -65,7 +79,7 @@ def accuracy_by_length(
     if lengths and min(lengths) > 0 and max(lengths) / min(lengths) > 50:
         axes.set_xscale("log", base=2 if max(lengths) < 1000 * min(lengths) else 10)
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.set(xlabel="sequence length", ylabel=measure, title=title, ylim=(-0.1, 1.15))
+    axes.set(xlabel="sequence length", ylabel=measure, title=drawable(title), ylim=(-0.1, 1.15))
     axes.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     if below:
@@ -106,7 +120,7 @@ def training_curve(rows: Sequence[Mapping[str, int | float]], path: Path, *, tit
         axes.plot(steps, [row[name] for row in rows], color=COLOURS[position])
         axes.set(xlabel="step", ylabel=f"training {name}")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(drawable(title), fontsize=10)
     return save_figure(figure, path)
 
 

@@ -48,4 +48,5 @@ class Bars:
         if not self.console.is_terminal and share > self._printed[name]:
             self._printed[name] = share
             seconds = time.monotonic() - self._began
-            self.console.print(f"{name}: {amount} after {seconds:.0f} s {note}", soft_wrap=True)
+            said = f"{name}: {amount} {note}".rstrip()
+            self.console.print(f"{said}, after {seconds:.0f} s", soft_wrap=True)

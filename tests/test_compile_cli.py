@@ -112,15 +112,21 @@ MISTAKES = {
     "compile a --out x --window 99": "window must be 0 (none) to 8 tokens, got 99",
     "compile a --out x --timeout -1": "timeout must be a number of seconds, at least 0, got -1.0",
     "compile none.json --out x": "none.json",
+    "compile gap.json --out x": "all integers; state 1 has no transition on letter 0 (to reject, go to",
+    "compile '(a)\\1' --out x": "back-references",
+    "compile '(?<!a)b' --out x": "negative look-behind",
+    "compile 'a+2' --alphabet a --out x": "'2' in the regex is no letter; the letters are a",
+    "compile a --alphabet aa --out x": "alphabet must be 'bytes' or different, non-empty letters, got 'aa'",
     "compile group:S0 --out x": "'S0'",
     "compile a --out other": "other is not empty and holds no compiled automaton; choose another directory",
     "compile a --out other --force": "other is not empty and holds no compiled automaton; choose another directory",
+    "compile a --out file/x": "file/x cannot be made: ",
     "compile a --out file": "file is a file; choose another directory",
     f"{COMPILE}": "number holds a compiled automaton; --force replaces it",
     "run none file": "none/compiled.safetensors does not exist; first: statetrack compile SPEC --out none",
     "run number": "FILE",
-    "run number none": "No such file or directory: 'none'",
-    "run number other": "Is a directory: 'other'",
+    "run number none": "none: No such file or directory",
+    "run number other": "other: Is a directory",
     "run number file --lines --whole": "--lines and --whole exclude each other",
     "run number file --device tpu": "got 'tpu'",
     "run number words --backend fast": "'fast'",
@@ -134,6 +140,7 @@ MISTAKES = {
 def test_a_mistake_is_one_message_and_changes_nothing(command: Command, here: Path, line: str):
     (here / "file").touch()
     (here / "words").write_text("12\n")
+    (here / "gap.json").write_text('{"table": [[0, 1], [null, 0]], "accepting": [0]}')
     for folder, name in (("other", "notes.txt"), ("broken", artifact.NETWORK)):
         (here / folder).mkdir()
         (here / folder / name).write_text("mine")
@@ -276,6 +283,7 @@ def test_a_whole_file_in_pieces(command: Command, monkeypatch: pytest.MonkeyPatc
         assert command("run number words --whole")[1] == verdict
 
 
+@pytest.mark.filterwarnings("error")
 def test_letters_are_characters(command: Command):
     assert command("compile '(é|🙂)*é' --alphabet 'aé🙂' --timeout 0 --out x")[0] == 0
     Path("words").write_text("é\n🙂é\n\na\n🙂\n", encoding="utf-8")

@@ -25,7 +25,7 @@ from statetrack.errors import UsageError
 from statetrack.evaluate import Length, evaluate, parse_lengths
 from statetrack.layers import AttentionConfig, DeltaProductConfig, LSTMConfig, MambaConfig, MixerConfig
 from statetrack.model import Config, Model
-from statetrack.plots import COLOURS, accuracy_by_length, training_curve
+from statetrack.plots import COLOURS, accuracy_by_length, drawable, training_curve
 from statetrack.reproduce import TABLES
 from statetrack.results import Cell, interval
 from statetrack.runs import Run
@@ -204,6 +204,10 @@ def test_long_names_leave_room_for_the_curves(tmp_path: Path):
     assert f"<!-- {name} -->" in svg.read_text()
     columns = np.atleast_1d((np.abs(imread(png)[..., :3] - np.array(to_rgb(COLOURS[0]))) < 2 / 255).all(-1).any(0))
     assert columns.mean() > 0.7, "the curve goes from side to side"
+
+
+def test_characters_that_fonts_lack_are_numbers():
+    assert drawable("é␣…🙂\n漢") == "é␣…U+1F642\nU+6F22"
 
 
 def test_training_is_drawn(tmp_path: Path):

@@ -314,6 +314,8 @@ def _first_fault(values: Any, ndim: int) -> str:
     for i, row in enumerate(values):
         if len(row) != len(values[0]):
             return f"; row {i} has {len(row)} entries, row 0 has {len(values[0])}"
+        if None in row:
+            return f"; state {i} has no transition on letter {row.index(None)} (to reject, go to a state for it)"
         if not all(isinstance(q, int | np.integer) and not isinstance(q, bool) for q in row):
             return f"; row {i} is {row!r:.80}"
     return f", got {values!r:.80}"

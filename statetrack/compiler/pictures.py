@@ -29,7 +29,7 @@ from statetrack.compiler.assembly import Stage, groups
 from statetrack.compiler.cascade import sink_of
 from statetrack.compiler.compiled import CompiledAutomaton
 from statetrack.errors import UsageError
-from statetrack.plots import COLOURS, save_figure
+from statetrack.plots import COLOURS, drawable, save_figure
 from statetrack.runs import write_atomically
 
 MOST_STATES, MOST_COORDINATES, MOST_HEADS = 40, 120, 6
@@ -284,7 +284,7 @@ def _kind(names: Sequence[str], x: int) -> str:
 
 
 def _shown(name: str) -> str:
-    return {" ": "␣", "\\\\": "\\"}.get(name, name)
+    return drawable({" ": "␣", "\\\\": "\\"}.get(name, name))
 
 
 def _label(text: str) -> str:
