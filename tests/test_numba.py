@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from statetrack.errors import UsageError
-from statetrack.ops import checks, delta_rule, dplr, gated_linear_attention, selective_scan
+from statetrack.ops import checks, delta_rule, dplr, gated_linear_attention, numba_common, selective_scan
 
 from .cases import OpCase, attention_inputs, delta_inputs, dplr_inputs, scan_inputs
 from .test_ops import EXACT, assert_close, run_with_grads
@@ -34,16 +34,37 @@ def test_heads_of_any_width_equal_the_reference(case: OpCase, generator):
     assert_close(run_with_grads(case, tensors, backend="numba"), want, lambda _: EXACT)
 
 
+@pytest.fixture(params=["openmp", "pool"])
+def two_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Let the kernels use two threads: PyTorch's, and those taken where they are out of reach."""
+    if request.param == "pool":
+        monkeypatch.setattr(numba_common, "PARALLEL", None)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("case", WIDE, ids=lambda c: c.name)
 def test_threads_change_no_bit(case: OpCase, generator):
     tensors = {name: x.float() for name, x in case.make(generator, 5, 150).items()}
+    got = run_with_grads(case, tensors, backend="numba")
+    torch.set_num_threads(1)
     want = run_with_grads(case, tensors, backend="numba")
-    torch.set_num_threads(2)
-    try:
-        got = run_with_grads(case, tensors, backend="numba")
-    finally:
-        torch.set_num_threads(1)
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_every_item_is_done_once_and_errors_arrive():
+    done = []
+    numba_common.spread(lambda first, last: done.extend(range(first, last)), 37, 10**9)
+    assert sorted(done) == list(range(37))
+
+    def fail(first: int, last: int) -> None:
+        raise ValueError(f"items {first} to {last}")
+
+    with pytest.raises(ValueError, match="items"):
+        numba_common.spread(fail, 37, 10**9)
 
 
 def test_exp_is_right_to_one_unit_in_the_last_place_and_at_the_edges():

@@ -7,8 +7,10 @@ the call is to do, so that threads share the items and no two write to the same 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -47,11 +49,48 @@ def spread(run: Callable[..., None], items: int, work: int, *arguments: Any) -> 
         run(0, items, *arguments)
     if threads <= 1:
         return
-    shares = min(items, SHARES * threads)
-    bounds = [items * i // shares for i in range(shares + 1)]
+    count = min(items, SHARES * threads)
+    shares = iter([(items * i // count, items * (i + 1) // count) for i in range(count)])
+    failures: list[BaseException] = []
+
+    def take_shares() -> None:
+        try:
+            for share in shares:  # each goes to one thread: Python's lock is held while the iterator moves
+                run(*share, *arguments)
+        except BaseException as failure:  # an interrupt too: nothing may leave a callback
+            failures.append(failure)
+
+    _on_threads(take_shares, threads)
+    if failures:
+        raise failures[0]
+
+
+def _on_threads(function: Callable[[], None], threads: int) -> None:
+    """Call a function on several threads at once and wait for them all."""
+    if PARALLEL is not None:
+        PARALLEL(CALLBACK(lambda _: function()), None, threads, 0)
+        return
     with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(run, *share, *arguments) for share in zip(bounds, bounds[1:], strict=False)]:
-            done.result()
+        for _ in range(threads):
+            pool.submit(function)
+
+
+def _parallel_of_openmp() -> Any:
+    """Return what runs a function on PyTorch's own threads, or None where PyTorch does not come with GNU's OpenMP.
+
+    After an op of PyTorch's these threads wait for the next one in a loop, for milliseconds: other threads would have
+    to share the cores with them.
+    """
+    library = next((Path(torch.__file__).parent / "lib").glob("libgomp*"), None)
+    if library is None:
+        return None
+    parallel = ctypes.CDLL(str(library)).GOMP_parallel
+    parallel.argtypes, parallel.restype = (CALLBACK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return parallel
+
+
+CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+PARALLEL = _parallel_of_openmp()
 
 
 def array(x: Tensor, dtype: torch.dtype) -> np.ndarray:

@@ -106,14 +106,14 @@ def _forward(first, last, lanes, offsets, scale, q, k, v, decay, a, b, initial, 
     """Write o [T H V] and the states after every sequence [S H K V]; an item is one head's W columns of a sequence."""
     (H, V), (Hk, K), W = v.shape[1:], k.shape[1:], len(lanes)
     parts, blocks = (V + W - 1) // W, (K + 3) // 4
-    states, x, c = np.zeros((2, blocks, 4 * W), v.dtype), np.zeros(3 * W, v.dtype), np.zeros((5, 4 * blocks), v.dtype)
+    states, x, c = np.zeros((1, blocks, 4 * W), v.dtype), np.zeros(3 * W, v.dtype), np.zeros((5, 4 * blocks), v.dtype)
     fours, U = c.reshape(5, blocks, 4), np.empty((0, W), v.dtype)
     for item in range(first, last):
         s, h, left = item // parts // H, item // parts % H, item % parts * W
         where, begin, end = (h // (H // Hk), h, left, min(left + W, V)), offsets[s], offsets[s + 1]
         _load(initial[s, h], left, states[0], W)
         _walk(begin, end, where, scale, q, k, v, decay, a, b, states, U, o, x, c, fours, lanes)
-        _store(states[(end - begin) % 2], left, final[s, h], W)
+        _store(states[0], left, final[s, h], W)
 
 
 @kernel
@@ -170,13 +170,13 @@ def _backward(
 
 @inner
 def _walk(start, stop, where, scale, q, k, v, decay, a, b, states, U, o, x, c, fours, lanes):
-    """Take the state, at first states[0], over the tokens, from one of `states` to the next; write o and u."""
+    """Take states[0] over the tokens: with o in place, writing o, without it from one of `states` to the next."""
     (hk, h, left, right), W = where, len(lanes)
     for j in range(3 * W):
         x[j] = 0
     for t in range(start, stop):
-        i, slots = t - start, len(states)
-        before, after = states[i % slots], states[(i + 1) % slots]
+        i = t - start
+        before, after = (states[i], states[i + 1]) if o is None else (states[0], states[0])
         _fill_coefficients(t, hk, h, q, k, decay, a, b, c)
         _fill_vector(v[t, h, left:right], x)
         if a is not None:
@@ -225,7 +225,7 @@ def _read(S, c, u, lanes):
 
 @inner
 def _update(before, after, x, c, a, o, lanes):
-    """after <- diag(w) before + k v^T + b u^T; o <- after^T q."""
+    """after <- diag(w) before + k v^T + b u^T; with o in place of before, and then o <- S^T q."""
     W = len(lanes)
     for j in range(W):
         x[W + j] = 0
@@ -242,8 +242,10 @@ def _update(before, after, x, c, a, o, lanes):
             if a is not None:
                 u = x[2 * W + j]
                 s0, s1, s2, s3 = s0 + b0 * u, s1 + b1 * u, s2 + b2 * u, s3 + b3 * u
-            out[j], out[W + j], out[2 * W + j], out[3 * W + j] = s0, s1, s2, s3
-            if o is not None:
+            if o is None:
+                out[j], out[W + j], out[2 * W + j], out[3 * W + j] = s0, s1, s2, s3
+            else:
+                s[j], s[W + j], s[2 * W + j], s[3 * W + j] = s0, s1, s2, s3
                 x[W + j] += q0 * s0 + q1 * s1 + q2 * s2 + q3 * s3
 
 
