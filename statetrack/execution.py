@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statetrack.errors import UsageError
+from statetrack.layers.common import decayed_names
 from statetrack.runs import first_line
 from statetrack.tasks import IGNORE
 
@@ -62,13 +63,11 @@ class Answers(NamedTuple):
 def optimizer_for(model: nn.Module, settings: Settings, *, capturable: bool = False) -> torch.optim.AdamW:
     """Return AdamW; capturable: it may be recorded in a CUDA graph.
 
-    Weight decay applies to matrices only: not to norms, biases and gates (one-dimensional), nor to what a layer marks
-    (`no_weight_decay`).
+    Weight decay applies to matrices only: not to norms, biases and gates (one-dimensional), nor to what a layer names
+    in `undecayed`.
     """
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for p in model.parameters():
-        (free if p.ndim < 2 or getattr(p, "_no_weight_decay", False) else decayed).append(p)
+    names, named = set(decayed_names(model)), list(model.named_parameters())
+    decayed, free = ([p for name, p in named if (name in names) == wanted] for wanted in (True, False))
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
     fused = True if next(model.parameters()).is_cuda else None
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=fused, capturable=capturable)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from statetrack.errors import UsageError
 from statetrack.layers import AttentionConfig, DeltaProductConfig
+from statetrack.layers.common import decayed_names
 
 from .command import Command
 
@@ -377,3 +379,16 @@ def test_a_range_of_its_own_and_other_epsilons_are_refused(tmp_path: Path):
     mixers = [DeltaProductConfig(dim=32), AttentionConfig(dim=32, rotary_base=None)]
     with pytest.raises(UsageError, match="has no such layer"):
         write(Checkpoint(StateTrackConfig(hidden_size=32, mixers=mixers), {}), "delta_net", tmp_path / "out")
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "rwkv6", "rwkv7", "slstm", "dense_rnn", "deltaproduct"])
+def test_what_was_loaded_or_copied_is_spared_weight_decay_as_before(mixer: str, tmp_path: Path):
+    model = StateTrackForCausalLM(StateTrackConfig(vocab_size=9, hidden_size=16, mixers=[{"mixer": mixer}]))
+    model.save_pretrained(tmp_path)
+    spared = {f"model.blocks.0.mixer.{name}" for name in getattr(model.model.blocks[0].mixer, "undecayed", ())}
+    spared |= {name for name, _ in model.named_parameters() if name.endswith("conv.weight")}
+    assert spared
+    opened: Any = StateTrackForCausalLM.from_pretrained(tmp_path)
+    for same in (model, load(tmp_path), opened, copy.deepcopy(model)):
+        matrices = {name for name, p in same.named_parameters() if p.ndim >= 2}
+        assert spared < matrices and matrices - set(decayed_names(same)) == spared

@@ -32,7 +32,7 @@ def check_eigenvalues(eigenvalues: tuple[float, float]) -> None:
 
 def learned_low(learned: bool, heads: int) -> nn.Parameter | None:
     """Return the parameter of a learned lower end, one number per head, or None where the end is fixed."""
-    return no_weight_decay(nn.Parameter(torch.zeros(heads))) if learned else None
+    return nn.Parameter(torch.zeros(heads)) if learned else None
 
 
 def eigenvalue_range(
@@ -74,10 +74,18 @@ def spread_logits(std: float | None, *weights: Tensor) -> None:
         nn.init.normal_(weight, std=(std if weight is weights[-1] else 1) * weight.shape[1] ** -0.5)
 
 
-def no_weight_decay(parameter: nn.Parameter) -> nn.Parameter:
-    """Mark a parameter that a trainer must not decay although it is a matrix (norms and biases are not, anyway)."""
-    parameter._no_weight_decay = True  # pyright: ignore[reportAttributeAccessIssue]
-    return parameter
+def decayed_names(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that a trainer decays: matrices, but for those in `undecayed` of their module.
+
+    The class says it, not the tensor: parameters are replaced when a file is read, weights are spread over processes
+    or a model is copied.
+    """
+    return [
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name, p in module.named_parameters(recurse=False)
+        if p.ndim >= 2 and name not in getattr(module, "undecayed", ())
+    ]
 
 
 def time_step_bias(count: int, shortest: float = 1e-3, longest: float = 0.1) -> Tensor:
@@ -156,10 +164,12 @@ class ShortConvolution(nn.Module):
     y_t = silu(sum_i weight_i * x_{t-W+1+i} + bias), with the last W - 1 inputs as state.
     """
 
+    undecayed = ("weight",)
+
     def __init__(self, channels: int, size: int, bias: bool = False):
         super().__init__()
         self.size = size
-        self.weight = no_weight_decay(nn.Parameter(torch.empty(size, channels).uniform_(-1, 1) / math.sqrt(size)))
+        self.weight = nn.Parameter(torch.empty(size, channels).uniform_(-1, 1) / math.sqrt(size))
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
     def init_state(self, batch: int) -> Float[Tensor, "B W_minus_1 D"]:

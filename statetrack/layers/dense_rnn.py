@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from statetrack.layers.common import check_positive, no_weight_decay, precise, projection, zero_memory
+from statetrack.layers.common import check_positive, precise, projection, zero_memory
 from statetrack.layers.packing import Packing, count_sequences, one_by_one
 
 
@@ -48,13 +48,15 @@ class DenseRNNState(NamedTuple):
 class DenseRNN(nn.Module):
     """Mix tokens by products of unstructured matrices."""
 
+    undecayed = ("offset",)
+
     def __init__(self, config: DenseRNNConfig):
         super().__init__()
         check_positive(dim=config.dim, state_size=config.state_size)
         self.config, M = config, config.state_size
         self.transition = nn.Linear(config.dim, M * M, bias=False)
         nn.init.normal_(self.transition.weight, std=(config.dim * M) ** -0.5)  # A - A_0: a random matrix of norm near 2
-        self.offset = no_weight_decay(nn.Parameter(torch.eye(M)))
+        self.offset = nn.Parameter(torch.eye(M))
         self.o_proj = projection(M * M, config.dim)
 
     def init_state(self, batch: int) -> DenseRNNState:

@@ -29,7 +29,6 @@ from statetrack.layers.common import (
     ShortConvolution,
     check_eigenvalues,
     check_positive,
-    no_weight_decay,
     time_step_bias,
     zero_memory,
 )
@@ -72,6 +71,8 @@ class MambaState(NamedTuple):
 class Mamba(nn.Module):
     """Mix tokens by a selective diagonal recurrence."""
 
+    undecayed = ("A_log",)
+
     def __init__(self, config: MambaConfig):
         super().__init__()
         check_eigenvalues(config.eigenvalues)
@@ -92,7 +93,7 @@ class Mamba(nn.Module):
         nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
         with torch.no_grad():
             self.dt_proj.bias.copy_(time_step_bias(inner, *config.dt_range))
-        self.A_log = no_weight_decay(nn.Parameter(torch.arange(1.0, M + 1).log().repeat(inner, 1)))
+        self.A_log = nn.Parameter(torch.arange(1.0, M + 1).log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, config.dim, bias=False)
 

@@ -28,7 +28,6 @@ from statetrack.layers.common import (
     eigenvalue_range,
     head_width,
     learned_low,
-    no_weight_decay,
     precise,
     projection,
     spread_logits,
@@ -75,6 +74,8 @@ class RWKV6State(NamedTuple):
 class RWKV6(nn.Module):
     """Mix tokens by RWKV-6's time mixing."""
 
+    undecayed = ("mix", "bonus")
+
     def __init__(self, config: RWKV6Config):
         super().__init__()
         check_eigenvalues(config.eigenvalues)
@@ -83,7 +84,7 @@ class RWKV6(nn.Module):
         self.head_dim = head_width(config.dim, config.heads, config.head_dim)
         inner = config.heads * self.head_dim
         self.mix_first = nn.Parameter(torch.full((config.dim,), 0.5))
-        self.mix = no_weight_decay(nn.Parameter(torch.linspace(0, 1, config.dim).repeat(5, 1)))
+        self.mix = nn.Parameter(torch.linspace(0, 1, config.dim).repeat(5, 1))
         self.mix_down = nn.Linear(config.dim, 5 * config.mix_rank, bias=False)
         self.mix_up = nn.Parameter(torch.empty(5, config.mix_rank, config.dim).uniform_(-0.01, 0.01))
         self.r_proj, self.k_proj, self.v_proj, self.g_proj = (projection(config.dim, inner) for _ in range(4))
@@ -92,7 +93,7 @@ class RWKV6(nn.Module):
         spread_logits(config.gate_std, self.decay_proj.down.weight, self.decay_proj.up.weight)
         with torch.no_grad():
             self.decay_proj.up.bias.copy_(torch.linspace(-6, -1, self.head_dim).repeat(config.heads))
-        self.bonus = no_weight_decay(nn.Parameter(torch.linspace(0, 1, inner).view(config.heads, self.head_dim)))
+        self.bonus = nn.Parameter(torch.linspace(0, 1, inner).view(config.heads, self.head_dim))
         self.norm = nn.LayerNorm(self.head_dim, eps=config.norm_eps)
         self.o_proj = projection(inner, config.dim)
 

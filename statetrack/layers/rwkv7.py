@@ -32,7 +32,6 @@ from statetrack.layers.common import (
     eigenvalue_range,
     head_width,
     learned_low,
-    no_weight_decay,
     precise,
     projection,
     spread_logits,
@@ -71,13 +70,15 @@ class RWKV7Config:
 class RWKV7(nn.Module):
     """Mix tokens by RWKV-7's time mixing."""
 
+    undecayed = ("mix", "bonus")
+
     def __init__(self, config: RWKV7Config):
         super().__init__()
         check_eigenvalues(config.eigenvalues)
         self.config = config
         self.head_dim = head_width(config.dim, config.heads, config.head_dim)
         inner, rank = config.heads * self.head_dim, config.gate_rank
-        self.mix = no_weight_decay(nn.Parameter(torch.linspace(0, 1, config.dim).repeat(6, 1)))
+        self.mix = nn.Parameter(torch.linspace(0, 1, config.dim).repeat(6, 1))
         self.r_proj, self.k_proj, self.v_proj = (projection(config.dim, inner) for _ in range(3))
         self.low = learned_low(config.learned_low, config.heads)
         self.decay_proj = LowRank(config.dim, rank, inner, tanh=True)
@@ -88,7 +89,7 @@ class RWKV7(nn.Module):
         self.gate_down, self.gate_up = projection(config.dim, rank), nn.Linear(rank, inner, bias=False)
         self.key_scale = nn.Parameter(torch.full((inner,), 0.7))
         self.key_rate = nn.Parameter(torch.ones(inner))
-        self.bonus = no_weight_decay(nn.Parameter(torch.full((config.heads, self.head_dim), -0.04)))
+        self.bonus = nn.Parameter(torch.full((config.heads, self.head_dim), -0.04))
         self.norm = nn.LayerNorm(self.head_dim, eps=config.norm_eps)
         self.o_proj = projection(inner, config.dim)
 

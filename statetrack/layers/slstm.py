@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from statetrack.layers.common import head_width, no_weight_decay, precise, projection, zero_memory
+from statetrack.layers.common import head_width, precise, projection, zero_memory
 from statetrack.layers.packing import Packing, count_sequences, one_by_one
 
 
@@ -51,13 +51,15 @@ class SLSTMState(NamedTuple):
 class SLSTM(nn.Module):
     """Mix tokens by an sLSTM."""
 
+    undecayed = ("recurrent",)
+
     def __init__(self, config: SLSTMConfig):
         super().__init__()
         self.config = config
         H, self.head_dim = config.heads, head_width(config.dim, config.heads, config.head_dim)
         self.in_proj = nn.Linear(config.dim, 4 * H * self.head_dim)  # z, i, f, o
         std = self.head_dim**-0.5
-        self.recurrent = no_weight_decay(nn.Parameter(std * torch.randn(H, self.head_dim, 4 * self.head_dim)))
+        self.recurrent = nn.Parameter(std * torch.randn(H, self.head_dim, 4 * self.head_dim))
         with torch.no_grad():
             self.in_proj.bias.view(4, -1)[2] = torch.linspace(3, 6, H * self.head_dim)
         self.norm = nn.LayerNorm(self.head_dim, eps=config.norm_eps, bias=False)

@@ -23,7 +23,6 @@ import torch
 
 import statetrack
 from statetrack.errors import UsageError
-from statetrack.layers.common import no_weight_decay
 from statetrack.lm.corpus import Corpus, held, prepare
 from statetrack.lm.packing import Order, Rows, join, pack
 from statetrack.lm.pictures import loss_by_step
@@ -173,11 +172,8 @@ def build(recipe: Recipe, corpus: Corpus, *, empty: bool = False) -> StateTrackF
     with torch.device("meta") if empty else contextlib.nullcontext():
         model = StateTrackForCausalLM(config)
     if empty:  # accelerate tells weights apart by their addresses, which "meta" does not have
-        marked = [name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)]
         model.to_empty(device="cpu")
         model.tie_weights()
-        for name in marked:
-            no_weight_decay(model.get_parameter(name))
     model.model.gradient_checkpointing = recipe.gradient_checkpointing
     return model
 

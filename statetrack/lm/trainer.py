@@ -21,6 +21,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 from statetrack.errors import UsageError
+from statetrack.layers.common import decayed_names
 from statetrack.lm.settings import Cost, peak_flops
 from statetrack.progress import Bars
 from statetrack.runs import first_line, write_atomically, write_json
@@ -55,9 +56,8 @@ class LMTrainer(Trainer):
             super()._move_model_to_device(model, device)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Return the matrices, but for those that a layer marks: as in `statetrack.train`."""
-        named = model.named_parameters()
-        return [name for name, p in named if p.ndim >= 2 and not getattr(p, "_no_weight_decay", False)]
+        """Return what `statetrack.train` decays."""
+        return decayed_names(model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log tokens per second, share of the device's peak, and peak memory beside the loss."""
