@@ -204,7 +204,7 @@ class ExplainArguments:
     alphabet: Annotated[str, tyro.conf.arg(metavar="LETTERS")] = "bytes"
     """letters of a regular expression, such as 01; by default all bytes"""
     flags: Annotated[str, tyro.conf.arg(metavar="LETTERS", help_behavior_hint="")] = ""
-    """flags of a regular expression: i ignores case, s lets the dot match newlines; default none"""
+    """flags of a regular expression: i ignores case, s lets the dot match newlines, x ignores blanks; default none"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,11 +227,11 @@ class CompileArguments:
     objective: Literal["depth", "factors", "width"] = "depth"
     """what is made small first"""
     timeout: float = 20.0
-    """seconds for the search; 0 takes the first network found"""
+    """seconds for all of it; 0 takes the first network found"""
     alphabet: Annotated[str, tyro.conf.arg(metavar="LETTERS")] = "bytes"
     """letters of a regular expression, such as 01; by default all bytes"""
     flags: Annotated[str, tyro.conf.arg(metavar="LETTERS", help_behavior_hint="")] = ""
-    """flags of a regular expression: i ignores case, s lets the dot match newlines; default none"""
+    """flags of a regular expression: i ignores case, s lets the dot match newlines, x ignores blanks; default none"""
     force: bool = False
     """replace the compiled automaton that is there"""
 

@@ -237,6 +237,8 @@ def test_an_automaton_without_a_cascade_falls_back_to_the_chain(tmp_path: Path):
 
 def test_the_chains_certificate_fails_for_inexact_keys_and_says_how_it_proves():
     cycle = Automaton(np.array([[1, 0], [2, 1], [0, 2]]).copy(), output=np.arange(3))
+    wide = Automaton(np.stack([np.roll(np.arange(140), -1)] * 2, 1), output=np.arange(140))  # readings 140 + 139 > 256
+    assert zeiger(wide).copy_in(torch.bfloat16, "cpu").compare("chunk").inexact == 0
     exact = zeiger(cycle).certificate("bfloat16", "chunk")
     assert exact.passed and "induction" in str(exact) and exact.comparison.transitions > 0
     assert not zeiger(cycle, keys="normalised").certificate("float32", "chunk").passed

@@ -78,7 +78,7 @@ class Certificate:
                 f"{verdict} in {self.dtype}, backend {self.backend}",
                 f"  {self.search}",
                 f"  operation x vector:  {transitions} transitions compared bit by bit, {inexact} differ",
-                f"  factors:             {factors}, {others} of no kind that is exact in a chunk",
+                f"  factors:             {factors} in all operations, {others} that a chunk may round",
                 f"  in parallel:         {self.tokens} random letters, {self.wrong} states wrong",
             ]
         )
