@@ -94,6 +94,24 @@ def dplr_ours(**x: Any) -> Tensor:
     return dplr(**x, backend="numba")[0]
 
 
+def forward(f: Op, x: dict[str, Tensor]) -> Tensor:
+    """Run without keeping anything for a backward."""
+    with torch.no_grad():
+        return f(**x)
+
+
+def both(f: Op, x: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the output and the gradients of its sum of squares."""
+    o = f(**x)
+    return o, torch.autograd.grad(o, list(x.values()), o.detach())
+
+
+def across_keys(x: dict[str, Tensor], grads: tuple[Tensor, ...]) -> list[Tensor]:
+    """Take out what lies along a unit key in its gradient: ours has none, since it divides keys by their norm."""
+    pairs = zip(x.items(), grads, strict=True)
+    return [g - (g * t).sum(-1, keepdim=True) * t.detach() if name == "k" else g for (name, t), g in pairs]
+
+
 def implementations(op: str, archives: Path) -> dict[str, Op]:
     """Return ours first, then the peers; the scan with eigenvalues in [0, 1], which is all that its peers know."""
     if op == "delta":

@@ -34,7 +34,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cpu_peers import INPUTS, Op, delta_inputs, delta_rule_ours, implementations, scan_inputs, selective_scan_ours
+from cpu_peers import (
+    INPUTS,
+    across_keys,
+    both,
+    delta_inputs,
+    delta_rule_ours,
+    forward,
+    implementations,
+    scan_inputs,
+    selective_scan_ours,
+)
 from tables import Rows, table
 from torch import Tensor
 
@@ -57,18 +67,6 @@ LEAST_SECONDS = 0.1  # of one measurement
 def say(text: str) -> None:
     """Show progress."""
     print(text, file=sys.stderr, flush=True)
-
-
-def forward(f: Op, x: dict[str, Tensor]) -> Tensor:
-    """Run without keeping anything for a backward."""
-    with torch.no_grad():
-        return f(**x)
-
-
-def both(f: Op, x: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the output and the gradients of its sum of squares."""
-    o = f(**x)
-    return o, torch.autograd.grad(o, list(x.values()), o.detach())
 
 
 def take_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -97,12 +95,6 @@ def take_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
 def disagreement(got: Tensor, want: Tensor) -> float:
     """Return the largest difference over the largest value."""
     return ((got - want).abs().max() / want.abs().max()).item()
-
-
-def across_keys(x: dict[str, Tensor], grads: tuple[Tensor, ...]) -> list[Tensor]:
-    """Take out what lies along a unit key in its gradient: ours has none, since it divides keys by their norm."""
-    pairs = zip(x.items(), grads, strict=True)
-    return [g - (g * t).sum(-1, keepdim=True) * t.detach() if name == "k" else g for (name, t), g in pairs]
 
 
 def compare(op: str, shape: tuple[int, ...], archives: Path, rounds: int) -> Rows:
@@ -308,8 +300,6 @@ def _asked_of_peers(title: str, rows: Rows) -> list[Asked]:
         if row["memory MiB"] is not None:
             share = ours["memory MiB"] / row["memory MiB"]
             asked.append((f"{title}, memory over {name}'s", share, "at most", 1.0))
-    if not title.startswith(("delta", "selective")):
-        return asked
     value = ours["memory over inputs+outputs+gradients"]
     return [*asked, (f"{title}, memory over inputs+outputs+gradients", value, "at most", 2.0)]
 

@@ -47,7 +47,7 @@ def two_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("case", WIDE, ids=lambda c: c.name)
 def test_threads_change_no_bit(case: OpCase, generator):
-    tensors = {name: x.float() for name, x in case.make(generator, 5, 150).items()}
+    tensors = {name: x.float() for name, x in case.make(generator, 5, 200).items()}
     got = run_with_grads(case, tensors, backend="numba")
     torch.set_num_threads(1)
     want = run_with_grads(case, tensors, backend="numba")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LEAST_WORK = 200_000  # multiply-adds that are worth another thread, whose start costs some 50 us
+LEAST_WORK = 1_000_000  # multiply-adds that are worth another thread: some 100 us
 SHARES = 4  # per thread, so that unequal sequences even out
 
 
