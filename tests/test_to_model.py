@@ -127,6 +127,20 @@ def test_training_from_an_automaton_keeps_its_task_solved(tmp_path: Path):
     assert all(torch.equal(p, q) for p, q in zip(trained.parameters(), again.parameters(), strict=True))
 
 
+def test_full_s5_in_one_layer_is_solved_before_the_first_step_and_after_some(tmp_path: Path):
+    """What docs/compiler.md measures, shorter: its loss is 0, and small steps leave it right."""
+    task = get_task("S5")
+    exact = model_of_task(task)
+    assert len(exact.blocks) == 1
+    assert evaluate(exact.eval(), task, 300, sequences=8)["sequence_accuracy"] == 1.0
+    run = Settings(
+        task="S5", model=exact.config, train_length=(4, 32), batch_size=16, init_from_automaton=True, steps=5, lr=1e-6
+    )
+    trained = train(run, tmp_path / "run").eval()
+    assert any(not torch.equal(p, q) for p, q in zip(trained.parameters(), exact.parameters(), strict=True))
+    assert evaluate(trained, task, 300, sequences=8)["sequence_accuracy"] == 1.0
+
+
 def test_swap_keys_are_exact_opposites():
     plus, minus = opposite_preimages()
     silu = torch.nn.functional.silu(torch.tensor([plus, minus]))
