@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -232,7 +233,7 @@ def main() -> None:
         card = place.removeprefix("NVIDIA ").split()[0].lower()
     else:
         place, card = f"a CPU ({platform.machine()}, {torch.get_num_threads()} thread(s) of torch)", "cpu"
-    command = "python " + " ".join(sys.argv)
+    command = "python " + shlex.join(sys.argv)
     texts = [f"# Compiled automata on {place}, torch {torch.__version__}, {date.today()}\n\n    {command}\n"]
     print(texts[0])
     for make in sections(args):
