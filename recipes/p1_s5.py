@@ -65,6 +65,7 @@ def cells(quick: bool) -> list[Cell]:
             length=125 if quick else 500,
             measure="sequence_accuracy",
             sequences=512 if quick else 8192,
+            longer=(1000,) if quick else (4096, 100_000),
             says=SAYS.get(f"{task}-{name}", ""),
         )
         for task in TASKS

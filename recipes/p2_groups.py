@@ -66,6 +66,7 @@ def cells(quick: bool) -> list[Cell]:
             length=64 if quick else 512,
             measure="sequence_accuracy",
             sequences=512 if quick else 8192,
+            longer=(1000,) if quick else (4096, 100_000),
             best=S5_AT_512[factors] if group == "S5" and lo == -1 else None,
             says=says(group, factors, lo),
         )

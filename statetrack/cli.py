@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import os
 import re
 import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import tyro
 
 import statetrack
 from statetrack.checkpoint_verbs import ConvertArguments, InspectArguments, UnlockArguments
+from statetrack.cli_types import Device, Execution, RunPaths, Unset
 from statetrack.errors import UsageError
+from statetrack.evaluation_verbs import EvaluateArguments, ReproduceArguments
 from statetrack.lm.arguments import LMArguments
 
 MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -40,12 +41,6 @@ MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense_rnn": ("dense_rnn", {}),
 }
 """What --mixer accepts: the mixer's configuration and the options that the name stands for."""
-
-T = TypeVar("T")
-Unset = Annotated[T, tyro.conf.arg(help_behavior_hint="")]  # the help text says the default itself
-Execution = Literal["auto", "eager", "compile", "graph", "compile+graph"]
-Device = Annotated[str, tyro.conf.arg(metavar="NAME")]
-RunPaths = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN ...", help_behavior_hint="")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,27 +110,6 @@ class TrainArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateArguments:
-    """statetrack evaluate runs/RUN --lengths 40..256 1000 1000000
-
-    Measure accuracy at given lengths, streaming in constant memory; adds to evaluation.json in the run directory.
-    """
-
-    runs: RunPaths
-    """run directories"""
-    lengths: Annotated[tuple[str, ...], tyro.conf.arg(metavar="LENGTH ...")] = ("40", "64", "128", "256", "40..256")
-    """lengths; 40..256 draws each sequence's length from that range"""
-    sequences: Unset[int | None] = None
-    """sequences per length; default 1024, fewer for lengths above 16384, 8192 for ranges"""
-    batch_size: int = 256
-    """sequences at once"""
-    seed: int = 1_000_003
-    """of the sequences"""
-    device: Device = "auto"
-    """cpu, cuda, or auto: a GPU where there is one"""
-
-
-@dataclass(frozen=True, kw_only=True)
 class PlotArguments:
     """statetrack plot runs/A runs/B --out figure.png
 
@@ -146,35 +120,6 @@ class PlotArguments:
     """run directories"""
     out: Path = Path("runs/accuracy.png")
     """picture; a PNG and an SVG are written"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReproduceArguments:
-    """statetrack reproduce p1-chomsky --quick
-
-    Run the cells of a paper's table and print our numbers beside the paper's. Cells resume; finished ones are kept.
-    """
-
-    table: tyro.conf.Positional[Literal["p1-chomsky", "p1-s5", "p2-groups"]]
-    """p1: arXiv 2411.12537 (Table 3, Figure 4); p2: arXiv 2502.10297 (Figure 5)"""
-    cells: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = ()
-    """names, or parts of names, of the cells to run; default all"""
-    seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="SEED ...")] = (0, 1, 2)
-    """one run per cell and seed"""
-    quick: bool = False
-    """a small setting of ours, minutes instead of hours; the table says so"""
-    list: bool = False
-    """print the cells and their cost, run nothing"""
-    jobs: int = 1
-    """runs at the same time, each in a process of its own; small models leave room on a GPU for several"""
-    minutes: float = math.inf
-    """save and stop after so many minutes; the same command goes on"""
-    from_results: bool = False
-    """train nothing; draw table and figure anew from the results in --out"""
-    device: Device = "auto"
-    """cpu, cuda, or auto: a GPU where there is one"""
-    out: Path = Path("runs/reproduce")
-    """where the runs and tables go"""
 
 
 @dataclass(frozen=True, kw_only=True)

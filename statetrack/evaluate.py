@@ -8,12 +8,13 @@ guessing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from statetrack.errors import UsageError
-from statetrack.layers import AttentionConfig
+from statetrack.layers import AttentionConfig, DeltaProductConfig
 from statetrack.model import Config, Model
 from statetrack.tasks import IGNORE, Task, scaled_accuracy
 
@@ -90,6 +91,23 @@ def check_length(config: Config, task: Task, length: Length) -> None:
     tokens = task.tokens(length)
     if tokens > LONGEST_ATTENTION and any(isinstance(m, AttentionConfig) for m in config.mixers):
         raise UsageError(f"attention keeps every token: lengths up to {LONGEST_ATTENTION} are accepted, got {tokens}")
+
+
+def at_precision(model: Model, precision: str) -> Model:
+    """Return the same model with `precision` in its delta-rule kernels (`statetrack.ops.delta_rule`).
+
+    Raises UsageError for a model without a delta rule, and where it does not lie on a GPU: only kernels there round.
+    """
+    config = model.config
+    if not any(isinstance(m, DeltaProductConfig) for m in config.mixers):
+        raise UsageError(f"precision={precision!r} is of the delta rule's kernels, and this model has no delta rule")
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        raise UsageError(f"precision={precision!r} is of the GPU kernels, and this model is on {device}")
+    mixers = (replace(m, precision=precision) if isinstance(m, DeltaProductConfig) else m for m in config.mixers)
+    other = replace(config, mixers=tuple(mixers)).build().to(device)
+    other.load_state_dict(model.state_dict())
+    return other.train(model.training)
 
 
 def _shown(tokens: int) -> torch.Tensor:

@@ -43,44 +43,102 @@ class Cell:
     """the paper's median seed"""
     says: str = ""
     """what the paper says where it gives no number"""
+    longer: tuple[int, ...] = ()
+    """lengths at which a cell that solves its task is evaluated, too"""
 
 
-def stored(cell: Cell, folder: Path) -> list[dict[str, Any]]:
-    """Return the results of a cell's seeds."""
+def stored(cell: Cell, folder: Path, page: Path | None = None) -> list[dict[str, Any]]:
+    """Return the results of a cell's seeds: of its runs, else of the folder's results.jsonl, else of a page's."""
     runs = sorted((folder / cell.name).glob(f"seed*/{RESULT}"))
     if runs:
         return [read_json(path) for path in runs]
-    if not (folder / RESULTS).exists():
-        return []
-    try:
-        rows = [json.loads(line) for line in (folder / RESULTS).read_text().splitlines()]
-        return [row for row in rows if row["cell"] == cell.name]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder / RESULTS} is not a list of results: {first_line(error)}") from None
+    for path in (folder / RESULTS, page):
+        if path is not None and path.exists():
+            try:
+                rows = [json.loads(line) for line in path.read_text().splitlines()]
+                return [row for row in rows if row["cell"] == cell.name]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UsageError(f"{path} is not a list of results: {first_line(error)}") from None
+    return []
+
+
+Found = dict[str, list[dict[str, Any]]]
+"""a cell's name: the results of its seeds"""
 
 
 def write_results(every: Sequence[Cell], folder: Path, command: str, quick: bool, figures: bool = True) -> list[Path]:
-    """Write results.jsonl, table.md and the figure of what is stored; return the figure's files."""
-    found = [(cell, stored(cell, folder)) for cell in every]
-    rows = [json.dumps(row) for _, results in found for row in results]
+    """Write results.jsonl, table.md and the figures of what is stored; return the figures' files."""
+    found = {cell.name: stored(cell, folder) for cell in every}
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / RESULTS, lambda p: p.write_text("".join(row + "\n" for row in rows)))
-    text = "\n".join(_markdown(every, folder, command, quick)) + "\n"
+    _write_rows(folder / RESULTS, found)
+    text = "\n".join(_markdown(every, found, command, quick)) + "\n"
     write_atomically(folder / "table.md", lambda p: p.write_text(text))
-    found = [(cell, results) for cell, results in found if results]
-    if not figures or not found:
-        return []
-    curves = {
-        cell.name: [[(t, share) for t, share in r["curve"]] for r in results]
-        for cell, results in found
-        if "curve" in results[0]
-    }
-    title = f"{folder.name}: {_title(quick)}"
-    if curves:
-        return accuracy_by_length(curves, folder / "figure", title=title, measure="sequence accuracy")
-    values = {cell.name: [r[cell.measure] for r in results] for cell, results in found}
-    paper = {cell.name: cell.best if cell.best is not None else cell.median for cell, _ in found}
-    return dots(values, paper, folder / "figure", title=title, measure=found[0][0].measure.replace("_", " "))
+    return draw(every, found, folder / "figure", f"{folder.name}: {_title(quick)}") if figures else []
+
+
+def write_page(
+    every: Sequence[Cell], found: Found, out: Path, name: str, recipe: str, command: str, quick: bool
+) -> list[Path]:
+    """Write the page of a table: what is asked, how it was run, numbers beside the paper's, figures; return the files.
+
+    recipe: the recipe's description, settings and deviations. NAME.notes.md in `out`, written by hand, becomes a
+    section of the page.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    figures = draw(every, found, out / name, f"{name}: {_title(quick)}")
+    lines = [f"# {name}", "", recipe.strip(), "", *_markdown(every, found, command, quick), ""]
+    lines += [line for path in figures if path.suffix == ".png" for line in (f"![{path.stem}]({path.name})", "")]
+    behind = [cell.name for cell in every if _behind(cell, found[cell.name])]
+    if behind:
+        lines += [f"Our best seed is more than {BEHIND} below the paper's best in: {', '.join(behind)}.", ""]
+    notes = out / f"{name}.notes.md"
+    if notes.exists():
+        lines += ["## Notes", "", notes.read_text().strip(), ""]
+    missing = [cell.name for cell in every if not found[cell.name]]
+    if missing:
+        lines += [f"Not run: {', '.join(missing)}.", ""]
+    again = f"{command} --from-results {DIRECTORY}"
+    lines += [f"Every run is a line of [{name}.jsonl]({name}.jsonl); `{again}` writes this page from it."]
+    page, rows = out / f"{name}.md", out / f"{name}.jsonl"
+    _write_rows(rows, found)
+    write_atomically(page, lambda p: p.write_text("\n".join(lines) + "\n"))
+    return [page, rows, *figures]
+
+
+BEHIND = 0.05
+"""how far our best seed must be below the paper's for the page to say so"""
+
+DIRECTORY = "docs/results"
+"""where pages are kept"""
+
+
+def _behind(cell: Cell, results: Sequence[dict[str, Any]]) -> bool:
+    return bool(results) and cell.best is not None and max(r[cell.measure] for r in results) < cell.best - BEHIND
+
+
+def _write_rows(path: Path, found: Found) -> None:
+    text = "".join(json.dumps(row) + "\n" for results in found.values() for row in results)
+    write_atomically(path, lambda p: p.write_text(text))
+
+
+def draw(every: Sequence[Cell], found: Found, path: Path, title: str) -> list[Path]:
+    """Draw what was found: accuracy by length, a figure per task, or a line of dots per cell; return the files."""
+    shown = [cell for cell in every if found[cell.name]]
+    by_task: dict[str, list[Cell]] = {}
+    for cell in shown:
+        if "curve" in found[cell.name][0]:
+            by_task.setdefault(cell.settings(0).task, []).append(cell)
+    files: list[Path] = []
+    for task, cells in by_task.items():
+        curves = {cell.name: [[(t, share) for t, share in r["curve"]] for r in found[cell.name]] for cell in cells}
+        name = path if len(by_task) == 1 else path.with_name(f"{path.name}-{task}")
+        files += accuracy_by_length(curves, name, title=f"{task}, {title}", measure="sequence accuracy")
+    dotted = [cell for cell in shown if "curve" not in found[cell.name][0]]
+    if dotted:
+        values = {cell.name: [r[cell.measure] for r in found[cell.name]] for cell in dotted}
+        paper = {cell.name: cell.best if cell.best is not None else cell.median for cell in dotted}
+        files += dots(values, paper, path, title=title, measure=dotted[0].measure.replace("_", " "))
+    return files
 
 
 def interval(values: Sequence[float]) -> float:
@@ -136,10 +194,10 @@ ONLY_WRITTEN = ("measure", "mean", "+- 95 %", "seconds")
 """columns that a terminal has no room for"""
 
 
-def _rows(every: Sequence[Cell], folder: Path) -> list[tuple[str, ...]]:
+def _rows(every: Sequence[Cell], found: Found) -> list[tuple[str, ...]]:
     rows = []
     for cell in every:
-        results = stored(cell, folder)
+        results = found[cell.name]
         if not results:
             continue
         values = [result[cell.measure] for result in results]
@@ -168,7 +226,8 @@ def _title(quick: bool) -> str:
 
 def terminal_table(every: Sequence[Cell], folder: Path, quick: bool) -> Table:
     """Return the table for a terminal: names whole, the measure in the title, columns without a number left out."""
-    rows: list[dict[str, str]] = [dict(zip(HEADER, row, strict=True)) for row in _rows(every, folder)]
+    found = {cell.name: stored(cell, folder) for cell in every}
+    rows: list[dict[str, str]] = [dict(zip(HEADER, row, strict=True)) for row in _rows(every, found)]
     measures = ", ".join(sorted({row["measure"] for row in rows}))
     names = [name for name in HEADER if name not in ONLY_WRITTEN and any(row[name] for row in rows)]
     columns = [Column(name, no_wrap=name == "cell", overflow="fold") for name in names]
@@ -178,12 +237,33 @@ def terminal_table(every: Sequence[Cell], folder: Path, quick: bool) -> Table:
     return table
 
 
-def _markdown(every: Sequence[Cell], folder: Path, command: str, quick: bool) -> list[str]:
+def _markdown(every: Sequence[Cell], found: Found, command: str, quick: bool) -> list[str]:
     lines = [f"{_title(quick)[0].upper()}{_title(quick)[1:]}.", ""]
     if command:
         lines += [f"    {command}", ""]
-    devices = sorted({row["device"] for cell in every for row in stored(cell, folder) if "device" in row})
+    results = [row for rows in found.values() for row in rows]
+    devices = sorted({row["device"] for row in results if "device" in row})
     if devices:
-        lines += [f"Trained on {'; '.join(devices)}; seconds are those of all seeds' training steps.", ""]
+        commits = sorted({row["commit"][:7] for row in results if row.get("commit")})
+        at = f" at commit {', '.join(commits)}" if commits else ""
+        lines += [f"Trained on {'; '.join(devices)}{at}; seconds are those of all seeds' training steps.", ""]
     lines += [f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"]
-    return lines + [f"| {' | '.join(row)} |" for row in _rows(every, folder)]
+    lines += [f"| {' | '.join(row)} |" for row in _rows(every, found)]
+    return lines + _longer(every, found)
+
+
+def _longer(every: Sequence[Cell], found: Found) -> list[str]:
+    """Return the table of cells evaluated at longer lengths: the best and worst of the seeds that solve the task."""
+    lines = []
+    for cell in every:
+        values: dict[tuple[int, str], list[float]] = {}
+        for row in (row for result in found[cell.name] for row in result.get("longer", ())):
+            values.setdefault((row["length"], row["precision"]), []).append(row[cell.measure])
+        lines += [
+            f"| {cell.name} | {length} | {precision} | {len(v)} | {max(v):.3f} | {min(v):.3f} |"
+            for (length, precision), v in values.items()
+        ]
+    if not lines:
+        return []
+    title = "Seeds that solve their task, at longer lengths (precision: of the delta rule's kernels):"
+    return ["", title, "", "| cell | length | precision | seeds | best | worst |", "|---" * 6 + "|", *lines]

@@ -7,7 +7,6 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from statetrack.checkpoint_verbs import convert as convert
 from statetrack.checkpoint_verbs import inspect as inspect
@@ -24,25 +23,26 @@ from statetrack.cli import (
     MIXERS,
     CompileArguments,
     DemoArguments,
-    EvaluateArguments,
     ExplainArguments,
     PlotArguments,
-    ReproduceArguments,
     RunArguments,
     TasksArguments,
     TrainArguments,
 )
 from statetrack.errors import UsageError
+from statetrack.evaluation_verbs import evaluate as evaluate
+from statetrack.evaluation_verbs import evaluations
+from statetrack.evaluation_verbs import reproduce as reproduce
 from statetrack.layers import MIXERS as CONFIGS
 from statetrack.layers import DeltaProductConfig
 from statetrack.lm.arguments import LMArguments
 from statetrack.model import Config
 from statetrack.progress import Bars
 from statetrack.tasks import TASKS, Task, get_task
-from statetrack.train import Settings, load_run, load_settings, model_of_task
+from statetrack.train import Settings, load_settings, model_of_task
 
 if TYPE_CHECKING:
-    from statetrack.evaluate import Length
+    pass
 
 
 def train(a: TrainArguments) -> None:
@@ -134,77 +134,6 @@ def run_name(a: TrainArguments) -> str:
     return f"{task}_{a.mixer}{ranged}_{a.layers}l_s{a.seed}"
 
 
-def evaluate(a: EvaluateArguments) -> None:
-    """Evaluate runs, print a table and keep the numbers in each run's evaluation.json."""
-    from statetrack.evaluate import check_length, parse_lengths
-
-    lengths = parse_lengths(a.lengths)
-    if not a.runs or not lengths:
-        raise UsageError("name at least one run directory and one length")
-    for path in a.runs:
-        settings = load_settings(path)
-        for length in lengths:
-            check_length(settings.model, get_task(settings.task), length)
-    table = Table(Column("run", overflow="fold"), "length", "sequences", "accuracy", "scaled", "whole sequence right")
-    with Bars() as bars:
-        for path in a.runs:
-            for row in _evaluate_run(path, lengths, a, bars):
-                shown = [f"{row[key]:.4f}" if key in row else "" for key in MEASURES]
-                table.add_row(path.name, _shown_length(row["length"]), str(row["sequences"]), *shown)
-    Console(markup=False).print(table)
-
-
-MEASURES = ("accuracy", "scaled_accuracy", "sequence_accuracy")
-
-
-def _evaluate_run(path: Path, lengths: list[Length], a: EvaluateArguments, bars: Bars) -> Iterator[dict[str, Any]]:
-    """Yield the numbers at every length; each is kept in evaluation.json as soon as it is there."""
-    from statetrack.evaluate import evaluate as measure
-    from statetrack.runs import EVALUATION, WEIGHTS, write_json
-
-    settings, model = load_run(path, a.device)
-    if not (path / WEIGHTS).exists():
-        bars.console.print(f"{path} is not trained to its end: this is its last checkpoint", soft_wrap=True)
-    kept = {_shown_length(row["length"]): row for row in _evaluations(path)}
-    for length in lengths:
-        name = f"{path.name} at {_shown_length(length)}"
-        row = measure(
-            model,
-            get_task(settings.task),
-            length,
-            sequences=_sequences(length) if a.sequences is None else a.sequences,
-            batch_size=a.batch_size,
-            seed=a.seed,
-            report=lambda share, name=name: bars.update(name, 100 * share, 100, "%"),
-        )
-        kept[_shown_length(length)] = row
-        write_json(path / EVALUATION, list(kept.values()))
-        yield row
-
-
-def _evaluations(path: Path) -> list[dict[str, Any]]:
-    """Return what earlier evaluations of a run found."""
-    from statetrack.runs import EVALUATION, read_json
-
-    stored = path / EVALUATION
-    rows = read_json(stored) if stored.exists() else []
-    if not isinstance(rows, list) or not all(
-        isinstance(r, dict) and {"length", "scaled_accuracy"} <= r.keys() for r in rows
-    ):
-        raise UsageError(f"{stored} is not an evaluation; delete it and evaluate the run again")
-    return rows
-
-
-def _sequences(length: int | tuple[int, int]) -> int:
-    if isinstance(length, tuple):
-        return 8192
-    return max(8, min(1024, (1 << 24) // max(1, length)))
-
-
-def _shown_length(length: int | Sequence[int]) -> str:
-    return str(length) if isinstance(length, int) else f"{length[0]}..{length[1]}"
-
-
 def _say(line: str) -> None:
     Console(markup=False).print(line, highlight=False, soft_wrap=True)
 
@@ -219,7 +148,7 @@ def plot(a: PlotArguments) -> None:
     measures = set()
     for path in a.runs:
         settings = load_settings(path)
-        rows = _evaluations(path)
+        rows = evaluations(path)
         if not rows:
             raise UsageError(f"{path} has not been evaluated; first: statetrack evaluate {shlex.quote(str(path))}")
         measure, curve = _curve(rows)
@@ -280,16 +209,6 @@ def _mixers(model: Config) -> str:
         words += [] if math.isnan(lo) else [f"[{lo:g},{hi:g}]"]
         parts.append(" ".join([*words, f"x{model.mixers.count(mixer)}"]))
     return f"{' + '.join(parts)} dim {model.dim}"
-
-
-def reproduce(a: ReproduceArguments) -> None:
-    """Run the cells of a table."""
-    from statetrack.reproduce import reproduce as run_table
-
-    options = {"jobs": a.jobs, "minutes": a.minutes, "from_results": a.from_results}
-    run_table(
-        a.table, cells=a.cells, seeds=a.seeds, quick=a.quick, list_only=a.list, device=a.device, out=a.out, **options
-    )
 
 
 def demo(a: DemoArguments) -> None:

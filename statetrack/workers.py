@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -22,12 +24,18 @@ Work = Callable[[Any, Tell], Any]
 
 
 def side_by_side(
-    jobs: Mapping[str, Any], work: Work, workers: int, bars: Bars, threads: int | None = 1
+    jobs: Mapping[str, Any],
+    work: Work,
+    workers: int,
+    bars: Bars,
+    threads: int | None = 1,
+    until: float = math.inf,
 ) -> Iterator[tuple[str, Any]]:
     """Run work(job, tell) for every named job, `workers` at a time; yield (name, result) as they end.
 
-    threads: of torch in each process; None leaves torch's own choice. All are stopped if one fails (UsageError, with
-    its name), if the user interrupts, or if the caller stops iterating.
+    threads: of torch in each process; None leaves torch's own choice. until: the value of time.monotonic() after which
+    no job is begun any more. All are stopped if one fails (UsageError, with its name), if the user interrupts, or if
+    the caller stops iterating.
     """
     if workers < 1:
         raise UsageError(f"workers must be at least 1, got {workers}")
@@ -35,8 +43,8 @@ def side_by_side(
     waiting = list(jobs)
     running: dict[str, tuple[Any, Connection]] = {}
     try:
-        while waiting or running:
-            while waiting and len(running) < workers:
+        while running or (waiting and time.monotonic() < until):
+            while waiting and len(running) < workers and time.monotonic() < until:
                 name = waiting.pop(0)
                 reader, writer = context.Pipe(duplex=False)  # of its own: whoever is stopped holds up no other
                 process = context.Process(target=_process, args=(work, jobs[name], threads, writer), daemon=True)

@@ -347,7 +347,10 @@ def test_reproduce_keeps_quick_apart_and_says_so(table: Reproduction):
 
 def test_reproduce_goes_on_slice_by_slice(table: Reproduction, capsys: pytest.CaptureFixture[str]):
     slices = [table(minutes=1e-9)]  # time is up before the first run
-    assert slices == [[]] and "4 of 4 runs unfinished" in capsys.readouterr().out
+    assert (
+        slices == [[]]
+        and "4 of 4 runs unfinished; the same command goes on with S3-small seed 0\n" in capsys.readouterr().out
+    )
     first = {"cells": ["small"], "seeds": (0,)}
     while not (table.out / "p2-groups" / "S3-small" / "seed0" / "result.json").exists():
         slices.append(table(**first, minutes=1e-3))
@@ -359,7 +362,7 @@ def test_reproduce_goes_on_slice_by_slice(table: Reproduction, capsys: pytest.Ca
     assert all(torch.equal(whole[name], sliced[name]) for name in whole)
 
 
-def test_reproduce_side_by_side_and_from_results(table: Reproduction, monkeypatch: pytest.MonkeyPatch):
+def test_reproduce_side_by_side(table: Reproduction, monkeypatch: pytest.MonkeyPatch):
     one = table.out / "one"
     table(cells=["small"], out=one)
     monkeypatch.setattr(tables, "train", train)  # each run has a process of its own
@@ -370,18 +373,7 @@ def test_reproduce_side_by_side_and_from_results(table: Reproduction, monkeypatc
     )
     measured = ("cell", "seed", "curve", "sequence_accuracy", "steps")
     assert [[r[k] for k in measured] for r in left] == [[r[k] for k in measured] for r in right]
-    kept = table.out / "kept" / "p2-groups"
-    kept.mkdir(parents=True)
-    (kept / names[0]).write_bytes((table.out / "p2-groups" / names[0]).read_bytes())
-    assert table(from_results=True, out=kept.parent) == []
-    for name in names[:2]:
-        assert (kept / name).read_bytes() == (table.out / "p2-groups" / name).read_bytes(), name
-    assert all((kept / name).stat().st_size > 0 for name in names)
-    with pytest.raises(UsageError, match="holds no results"):
-        table(from_results=True, out=table.out / "nowhere")
-    (kept / names[0]).write_text("{}")
-    with pytest.raises(UsageError, match="not a list of results"):
-        table(from_results=True, out=kept.parent)
+    assert all((table.out / "p2-groups" / name).stat().st_size > 0 for name in names)
 
 
 def test_interval_of_a_mean():
@@ -397,6 +389,8 @@ def test_reproduce_refuses(table: Reproduction):
     bad = (
         ({"cells": ("zzz",)}, "contains zzz"),
         ({"seeds": ()}, "at least one seed"),
+        ({"seeds": (0, -1)}, "seed must be at least 0"),
+        ({"execution": "quick"}, "execution must be auto"),
         ({"jobs": 0}, "jobs must be at least 1"),
         ({"minutes": 0.0}, "minutes above 0"),
     )

@@ -69,6 +69,8 @@ class DeltaProductConfig:
     middle of its range, where a small model may wait long before it begins to track; 2 spreads them over the range"""
     norm_eps: float = 1e-6
     backend: str = "auto"
+    precision: str = "tracking"
+    """of the Triton kernels: "fast" lets them round what they multiply to bfloat16, as other libraries do"""
 
     def build(self) -> DeltaProduct:
         """Return the mixer."""
@@ -132,7 +134,8 @@ class DeltaProduct(nn.Module):
         """Mix x after what `state` has seen; return the outputs and the new state."""
         conv, memory = (None, None) if state is None else state
         inputs, conv = self._op_inputs(x, conv, packing)
-        o, memory = delta_rule(**inputs, initial_state=memory, cu_seqlens=offsets(packing), backend=self.config.backend)
+        inputs |= {"backend": self.config.backend, "precision": self.config.precision}
+        o, memory = delta_rule(**inputs, initial_state=memory, cu_seqlens=offsets(packing))
         o = self.norm(o).flatten(2)
         if self.output_gate is not None:
             o = o * F.silu(self.output_gate(x))
