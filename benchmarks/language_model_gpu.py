@@ -143,7 +143,7 @@ def generated(model: Any, batch: int) -> float:
 
 def speed(args: argparse.Namespace) -> None:
     """Measure training, then generation."""
-    from recipes.lm import p1_340m
+    from recipes.lm import p1
     from statetrack.lm.settings import cost, peak_flops
 
     result: dict[str, Any] = {"mode": "speed", **about(), "rows": ROWS, "length": LENGTH}
@@ -162,7 +162,7 @@ def speed(args: argparse.Namespace) -> None:
             gc.collect()
             torch.cuda.empty_cache()
         write(args.out, "speed", result)
-    flops = cost(p1_340m().model(VOCABULARY), False).flops
+    flops = cost(p1("340m").model(VOCABULARY), False).flops
     peak = peak_flops(torch.cuda.get_device_name())
     for _ in range(ROUNDS):
         for c in running.values():
@@ -218,7 +218,7 @@ def generation(args: argparse.Namespace, result: dict[str, Any], end: float) -> 
 
 def large(args: argparse.Namespace) -> None:
     """Train P1's 1.3B on installed text, once for each range."""
-    from recipes.lm import p1_1300m
+    from recipes.lm import p1
     from statetrack.lm.corpus import Data, prepare
     from statetrack.lm.train import METRICS, Options, train
 
@@ -229,7 +229,7 @@ def large(args: argparse.Namespace) -> None:
     result["seconds to prepare the text"] = time.monotonic() - began
     for lo in args.ranges:
         recipe = replace(
-            p1_1300m((lo, 1.0)),
+            p1("1.3b", (lo, 1.0)),
             data=data, rows=args.rows, micro_rows=args.micro_rows, steps=args.steps, warmup=args.warmup,
             log_every=5, evaluate_every=args.steps, evaluate_rows=64,
         )  # fmt: skip

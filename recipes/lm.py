@@ -6,9 +6,11 @@ Every function returns a fully specified run for a range of eigenvalues; `RECIPE
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
-from statetrack.layers import DeltaProductConfig, MambaConfig
+from statetrack.layers import DeltaProductConfig, MambaConfig, MixerConfig
 from statetrack.lm.corpus import Data
 from statetrack.lm.settings import Recipe
 
@@ -64,13 +66,32 @@ def code_100m(eigenvalues: Range = BOTH) -> Recipe:
     )
 
 
-def p1_340m(eigenvalues: Range = BOTH) -> Recipe:
-    """DeltaNet of P1's Table 4. P1 does not give its layers and heads: P2's, tied, have 342 million parameters."""
-    return Recipe(
-        name="p1-340m",
-        about="DeltaNet 340M of arXiv 2411.12537, Table 4: 105 billion tokens of FineWeb",
+P1_SIZES: dict[str, tuple[str, MixerConfig, int, dict[str, Any]]] = {
+    "340m": ("DeltaNet 340M: 105", DeltaProductConfig(dim=1024, heads=8), 24, {}),
+    "370m": ("Mamba 370M: 105", MambaConfig(dim=1024), 48, {"mlp_dim": 0}),
+    "1.3b": (
+        "DeltaNet 1.3B: 98",
+        DeltaProductConfig(dim=2048, heads=16),
+        24,
+        {"rows": 960, "micro_rows": 6, "steps": 50_000, "warmup": 500, "save_every": 1000, "evaluate_every": 1000},
+    ),
+}
+"""size: name and billions of tokens, mixer, layers, and what differs from the others
+
+P1 does not give layers and heads: those of 340m are P2's, and tied make 342 million parameters; those of 370m are the
+published Mamba's (arXiv 2312.00752).
+"""
+
+
+def p1(size: str, eigenvalues: Range = BOTH) -> Recipe:
+    """DeltaNet and Mamba of P1's Table 4; 1.3b: 32 processes with 6 rows at once, accumulated 5 times."""
+    about, mixer, layers, different = P1_SIZES[size]
+    mixer = replace(mixer, eigenvalues=eigenvalues)  # pyright: ignore[reportCallIssue]
+    common = Recipe(
+        name=f"p1-{size}",
+        about=f"{about} billion tokens of FineWeb, arXiv 2411.12537, Table 4",
         data=FINEWEB,
-        mixers=(DeltaProductConfig(dim=1024, heads=8, eigenvalues=eigenvalues),) * 24,
+        mixers=(mixer,) * layers,
         tied=True,
         rows=256,
         micro_rows=16,
@@ -79,41 +100,7 @@ def p1_340m(eigenvalues: Range = BOTH) -> Recipe:
         save_every=2000,
         evaluate_every=2000,
     )
-
-
-def p1_370m(eigenvalues: Range = BOTH) -> Recipe:
-    """Mamba of P1's Table 4, with the layers of the published Mamba 370M (arXiv 2312.00752)."""
-    return Recipe(
-        name="p1-370m",
-        about="Mamba 370M of arXiv 2411.12537, Table 4: 105 billion tokens of FineWeb",
-        data=FINEWEB,
-        mixers=(MambaConfig(dim=1024, eigenvalues=eigenvalues),) * 48,
-        mlp_dim=0,
-        tied=True,
-        rows=256,
-        micro_rows=16,
-        steps=200_000,
-        warmup=250,
-        save_every=2000,
-        evaluate_every=2000,
-    )
-
-
-def p1_1300m(eigenvalues: Range = BOTH) -> Recipe:
-    """DeltaNet 1.3B of P1's Table 4: 32 processes with 6 rows at once, accumulated 5 times."""
-    return Recipe(
-        name="p1-1.3b",
-        about="DeltaNet 1.3B of arXiv 2411.12537, Table 4: 98 billion tokens of FineWeb",
-        data=FINEWEB,
-        mixers=(DeltaProductConfig(dim=2048, heads=16, eigenvalues=eigenvalues),) * 24,
-        tied=True,
-        rows=960,
-        micro_rows=6,
-        steps=50_000,
-        warmup=500,
-        save_every=1000,
-        evaluate_every=1000,
-    )
+    return replace(common, **different)
 
 
 P2_SIZES = {
@@ -152,8 +139,6 @@ def p2(size: str, factors: int, eigenvalues: Range = BOTH) -> Recipe:
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "tiny": tiny,
     "code-100m": code_100m,
-    "p1-340m": p1_340m,
-    "p1-370m": p1_370m,
-    "p1-1.3b": p1_1300m,
+    **{f"p1-{size}": partial(p1, size) for size in P1_SIZES},
     **{f"p2-{size}-n{factors}": partial(p2, size, factors) for size in P2_SIZES for factors in (1, 2, 3)},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import varlen
 
 from statetrack.errors import UsageError
 from statetrack.layers import (
@@ -28,6 +30,7 @@ from statetrack.layers import (
     RetNetConfig,
     RWKV6Config,
     RWKV7Config,
+    softmax,
 )
 from statetrack.layers.packing import Packing
 from statetrack.model import Config
@@ -295,3 +298,49 @@ def test_post_norm_normalises_what_mixer_and_swiglu_return():
     torch.testing.assert_close(block(x)[0], want, rtol=0, atol=1e-12)
     with pytest.raises(UsageError, match="post_norm must number some of 2 blocks"):
         Config(vocab_size=7, num_outputs=5, mixers=mixers, post_norm=(2,)).build()
+
+
+def by_the_definition(q, k, v, edges, same_edges, longest, same_longest, *, window_size):
+    """torch's varlen_attn as documented, [T H K] each: a softmax per token over its sequence up to itself."""
+    assert edges is same_edges and edges.dtype == torch.int32 and longest == same_longest == int(edges.diff().max())
+    assert window_size == (-1, 0) and q.shape == k.shape == v.shape
+    out = torch.zeros_like(q)
+    for start, end in itertools.pairwise(edges.tolist()):
+        for t in range(start, end):
+            scores = torch.einsum("hk,shk->hs", q[t], k[start : t + 1]) * q.shape[-1] ** -0.5
+            out[t] = torch.einsum("hs,shk->hk", scores.softmax(-1), v[start : t + 1])
+    return out
+
+
+@given(lengths=packings(), kv_heads=st.sampled_from([1, 2, 4]))
+@settings(max_examples=10)
+def test_the_call_of_the_fused_kernel_for_packed_attention(lengths: list[int], kv_heads: int):
+    """On a GPU one call serves all sequences; here the kernel is replaced by its definition."""
+    q, k, v = (torch.randn(1, heads, sum(lengths), 8, dtype=torch.float64) for heads in (4, kv_heads, kv_heads))
+    packing = Packing.of(offsets(lengths), q[0, 0, None])
+    separate = softmax.attend_packed(q, k, v, packing)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(softmax, "has_fused", lambda _: True)
+        patched.setattr(varlen, "varlen_attn", by_the_definition)
+        torch.testing.assert_close(softmax.attend_packed(q, k, v, packing), separate)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is torch's, for GPUs")
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_packed_attention_on_a_gpu_is_that_of_the_sequences_alone(kv_heads: int):
+    lengths = [3, 0, 130, 1, 257]
+    shapes = [(1, heads, sum(lengths), 64) for heads in (4, kv_heads, kv_heads)]
+    inputs = [torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes]
+    packing = Packing.of(offsets(lengths), inputs[0][0, 0, None])
+    assert softmax.has_fused(inputs[0])
+    q, k, v = inputs
+    o = softmax.attend_packed(q, k, v, packing)
+    precise = [x.detach().double().requires_grad_() for x in inputs]
+    spans = packing.spans()
+    q, k, v = precise
+    alone = torch.cat([softmax.attend(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b]) for a, b in spans if b > a], dim=2)
+    weight = torch.randn_like(o)
+    got = torch.autograd.grad((o * weight).sum(), inputs)
+    wanted = torch.autograd.grad((alone * weight).sum(), precise)
+    for x, y in zip((o, *got), (alone, *wanted), strict=True):
+        assert float((x.double() - y).norm() / y.norm()) < 0.01

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,9 +171,13 @@ def test_the_command_line_evaluates_and_generates(capsys, run: Path, data: Path,
     stored = json.loads((tmp_path / "e" / "evaluation.json").read_text())[str(run)]
     assert stored["trained"] == 48 and stored["windows"] == 4 and 1 < stored["perplexity"]["100"] < 300
     assert (tmp_path / "e" / "perplexity.png").exists() and (tmp_path / "e" / "perplexity.svg").exists()
-    code, out, _ = command(f"lm evaluate {run} --text {TEXT}/tasks.py --length 64 --device cpu --out {tmp_path}/t")
-    assert code == 0
+    code, out, _ = command(
+        f"lm evaluate {run} --text {TEXT}/tasks.py --length 64 --windows 5000 --device cpu --out {tmp_path}/t"
+    )
+    assert code == 0 and re.search(r"has text for \d+ window\(s\) of 64 tokens, not for \d+", out)
     code, out, _ = command(f"lm generate {run} --prompt 'def f' --tokens 5 --device cpu")
     assert code == 0 and out.startswith("def f") and len(out) > 6
+    code, out, _ = command(f"inspect {run} --text {TEXT}/tasks.py --tokens 50 --out {tmp_path}/spectra")
+    assert code == 0 and (tmp_path / "spectra.png").exists()
     assert "--data or --text" in command.refused(f"lm evaluate {run}")
     assert "no config.json" in command.refused(f"lm generate {data}")

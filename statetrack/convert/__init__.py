@@ -3,7 +3,8 @@
     convert(SOURCE, "statetrack", OUT);   convert(OUT, "gated_deltanet", BACK);   model = load(SOURCE)
 
 A source is a directory as transformers writes it (config.json, safetensors or .bin), a name on the hub, a run directory
-of `statetrack train`, or what `statetrack compile` wrote. Per format one table of names serves both directions.
+of `statetrack train` or `statetrack lm train` (its last model), or what `statetrack compile` wrote. Per format one
+table of names serves both directions.
 """
 
 from __future__ import annotations
@@ -165,7 +166,8 @@ def directory(source: str | Path) -> Path:
     """Return the directory of a source; one on the hub is downloaded."""
     path = Path(source)
     if path.is_dir():
-        return path
+        language_model = (path / "recipe.json").exists() and (path / "model").is_dir()
+        return path / "model" if language_model else path
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise UsageError(f"{source} is no directory with a checkpoint, and no name on the hub")
     from huggingface_hub import snapshot_download

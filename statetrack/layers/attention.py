@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statetrack.errors import UsageError
 from statetrack.layers.common import check_positive, head_width, projection, rotate
 from statetrack.layers.packing import Packing, count_sequences
+from statetrack.layers.softmax import attend, attend_packed, causal_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,10 @@ class Attention(nn.Module):
         """Attend within every packed sequence and its part of the cache."""
         width, spans = state.k.shape[2], packing.spans()
         past = packing.lengths.new_full((len(spans),), width) if state.lengths is None else state.lengths
-        inputs, outputs, caches = self.op_inputs(x, packing.position + past[packing.sequence]), [], []
+        inputs = self.op_inputs(x, packing.position + past[packing.sequence])
+        if width == 0:
+            return self._output(attend_packed(**inputs, packing=packing)), self._cache(inputs, packing)
+        outputs, caches = [], []
         for s, ((start, end), seen) in enumerate(zip(spans, past.tolist(), strict=True)):
             q, k, v = (inputs[name][:, :, start:end] for name in ("q", "k", "v"))
             k = torch.cat([state.k[s : s + 1, :, width - seen :].to(k.dtype), k], dim=2)
@@ -126,18 +130,13 @@ class Attention(nn.Module):
         ragged = any(y.shape[2] < longest for y, _ in caches)
         return self._output(torch.cat(outputs, dim=2)), AttentionState(k, v, lengths if ragged else None)
 
+    def _cache(self, inputs: dict[str, Tensor], packing: Packing) -> AttentionState:
+        """Return the keys and values of every packed sequence, which nothing precedes."""
+        lengths = packing.cu_seqlens.diff()
+        longest, ragged = int(lengths.max()), bool((lengths < lengths.max()).any())
+        flat = (inputs[name].transpose(1, 2).flatten(2) for name in ("k", "v"))
+        k, v = (packing.tail(y, None, longest).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for y in flat)
+        return AttentionState(k, v, packing.lengths if ragged else None)
+
     def _output(self, o: Tensor) -> Tensor:
         return self.o_proj(o.transpose(1, 2).flatten(2))
-
-
-def attend(q: Float[Tensor, "B H T K"], k: Float[Tensor, "B Hk P K"], v: Float[Tensor, "B Hk P K"]) -> Tensor:
-    """Let the last T of P tokens read all up to themselves."""
-    if q.shape[2] in (1, k.shape[2]):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(q, k), enable_gqa=True)
-
-
-def causal_mask(q: Tensor, k: Tensor) -> Bool[Tensor, "T P"]:
-    """Return which of P keys each of the last T tokens may read."""
-    tokens, keys = q.shape[2], k.shape[2]
-    return torch.ones(tokens, keys, dtype=torch.bool, device=q.device).tril(keys - tokens)

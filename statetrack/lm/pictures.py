@@ -37,7 +37,7 @@ def perplexity_by_position(
         axes.plot(*_columns(points), DASHES[i % len(DASHES)], color=COLOURS[i % len(COLOURS)], label=name)
     if trained is not None:
         axes.axvline(trained, color="0.6", linewidth=0.8)
-        axes.text(trained, axes.get_ylim()[1], " training length", ha="left", va="top", fontsize=8, color="0.4")
+        axes.text(trained, axes.get_ylim()[0], " training length", ha="left", va="bottom", fontsize=8, color="0.4")
     axes.set(xlabel="position", ylabel="perplexity", title=title, xscale="log")
     axes.legend()
     return save_figure(figure, path)

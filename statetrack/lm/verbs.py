@@ -161,6 +161,9 @@ def _show(found: dict[str, dict[str, Any]], a: EvaluateArguments) -> None:
 
     measured = {name: rows for name, rows in found.items() if "positions" in rows}
     if measured:
+        count = min(rows["windows"] for rows in measured.values())
+        if count < a.windows:
+            say(f"{a.data or a.text} has text for {count} window(s) of {a.length} tokens, not for {a.windows}")
         table = Table(Column("perplexity of the first ... tokens", overflow="fold"), *map(str, _lengths(a.length)))
         for name, rows in measured.items():
             table.add_row(name, *(f"{value:.3f}" for value in rows["perplexity"].values()))
@@ -169,7 +172,7 @@ def _show(found: dict[str, dict[str, Any]], a: EvaluateArguments) -> None:
                   for name, rows in measured.items()}  # fmt: skip
         trained = {rows["trained"] for rows in measured.values()}
         told = trained.pop() if len(trained) == 1 else None
-        title = f"{a.data or a.text}, windows of {a.length} tokens"
+        title = f"{a.data or a.text}, {count} window(s) of {a.length} tokens"
         perplexity_by_position(curves, a.out / "perplexity", title=title, trained=told)
     for name, rows in found.items():
         for task, values in rows.get("tasks", {}).items():
