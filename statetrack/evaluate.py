@@ -125,3 +125,8 @@ def parse_lengths(words: Sequence[str]) -> list[Length]:
             raise UsageError(f"a length is a number or a range like 40..256, got {word!r}")
         lengths.append((int(lo), int(hi)) if dots else int(lo))
     return lengths
+
+
+def shown_length(length: int | Sequence[int]) -> str:
+    """Write a length as a user does: `256`, or `40..256`."""
+    return str(length) if isinstance(length, int) else f"{length[0]}..{length[1]}"

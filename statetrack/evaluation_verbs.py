@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -78,7 +78,7 @@ def evaluate(a: EvaluateArguments) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    from statetrack.evaluate import check_length, parse_lengths
+    from statetrack.evaluate import check_length, parse_lengths, shown_length
     from statetrack.progress import Bars
     from statetrack.tasks import get_task
     from statetrack.train import load_settings
@@ -104,7 +104,7 @@ MEASURES = ("accuracy", "scaled_accuracy", "sequence_accuracy")
 
 def _evaluate_run(path: Path, lengths: list[Length], a: EvaluateArguments, bars: Bars) -> Iterator[dict[str, Any]]:
     """Yield the numbers at every length; each is kept in evaluation.json as soon as it is there."""
-    from statetrack.evaluate import at_precision
+    from statetrack.evaluate import at_precision, shown_length
     from statetrack.evaluate import evaluate as measure
     from statetrack.runs import EVALUATION, WEIGHTS, write_json
     from statetrack.tasks import get_task
@@ -151,10 +151,6 @@ def _sequences(length: int | tuple[int, int]) -> int:
     if isinstance(length, tuple):
         return 8192
     return max(8, min(1024, (1 << 24) // max(1, length)))
-
-
-def shown_length(length: int | Sequence[int]) -> str:
-    return str(length) if isinstance(length, int) else f"{length[0]}..{length[1]}"
 
 
 def reproduce(a: ReproduceArguments) -> None:

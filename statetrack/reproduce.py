@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from statetrack.errors import UsageError
-from statetrack.evaluate import LONGEST_ATTENTION, at_precision, evaluate
+from statetrack.evaluate import LONGEST_ATTENTION, at_precision, evaluate, shown_length
 from statetrack.execution import check_execution
 from statetrack.layers import AttentionConfig, DeltaProductConfig
 from statetrack.model import Model
@@ -214,26 +214,11 @@ def _longer(model: Model, task: Task, cell: Cell) -> list[dict[str, Any]]:
 
 
 def _list(chosen: Sequence[Cell], seeds: Sequence[int]) -> Table:
-    table = Table(
-        Column("cell", no_wrap=True),
-        "task",
-        "layers",
-        "steps",
-        "batch",
-        "tokens in all (1e9)",
-        "evaluated at",
-        box=None,
-    )
+    names = ("layers", "steps", "batch", "1e9 tokens", "length")
+    table = Table(Column("cell", no_wrap=True), *names, box=None, title="in the order they run; tokens of all seeds")
     for cell in chosen:
         s = cell.settings(seeds[0])
         tokens = s.steps * s.batch_size * get_task(s.task).tokens(s.train_length) * len(seeds) / 1e9
-        table.add_row(
-            cell.name,
-            s.task,
-            str(len(s.model.mixers)),
-            str(s.steps),
-            str(s.batch_size),
-            f"{tokens:.3g}",
-            str(cell.length),
-        )
+        counts = (len(s.model.mixers), s.steps, s.batch_size)
+        table.add_row(cell.name, *map(str, counts), f"{tokens:.3g}", shown_length(cell.length))
     return table

@@ -18,6 +18,7 @@ import torch
 from rich.table import Column, Table
 
 from statetrack.errors import UsageError
+from statetrack.evaluate import shown_length
 from statetrack.plots import accuracy_by_length, dots
 from statetrack.runs import RESULT, first_line, read_json, write_atomically
 from statetrack.train import Settings
@@ -205,8 +206,7 @@ def _rows(every: Sequence[Cell], found: Found) -> list[tuple[str, ...]]:
         half = interval(values)
         shown.append("" if math.isnan(half) else f"{half:.3f}")
         paper = ["" if value is None else f"{value:.3f}" for value in (cell.best, cell.median)]
-        length = f"{cell.length}" if isinstance(cell.length, int) else f"{cell.length[0]}..{cell.length[1]}"
-        measure = f"{cell.measure.replace('_', ' ')} at {length}"
+        measure = f"{cell.measure.replace('_', ' ')} at {shown_length(cell.length)}"
         seconds = f"{sum(result.get('seconds', 0.0) for result in results):.0f}"
         rows.append((cell.name, measure, str(len(results)), *shown, _reach(results), *paper, cell.says, seconds))
     return rows

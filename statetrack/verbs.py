@@ -148,7 +148,7 @@ def plot(a: PlotArguments) -> None:
     measures = set()
     for path in a.runs:
         settings = load_settings(path)
-        rows = evaluations(path)
+        rows = [row for row in evaluations(path) if row.get("precision", "tracking") == "tracking"]
         if not rows:
             raise UsageError(f"{path} has not been evaluated; first: statetrack evaluate {shlex.quote(str(path))}")
         measure, curve = _curve(rows)
