@@ -93,7 +93,7 @@ def dots(
     values: Mapping[str, Sequence[float]], paper: Mapping[str, float | None], path: Path, *, title: str, measure: str
 ) -> list[Path]:
     """Draw a line of dots per name, one for each seed, and the paper's number; write path.png and path.svg."""
-    figure = Figure(figsize=(7.2, 0.9 + 0.28 * len(values)), layout="constrained")
+    figure = Figure(figsize=(7.2, 1.2 + 0.28 * len(values)), layout="constrained")
     axes = figure.add_subplot()
     for y, (name, seeds) in enumerate(values.items()):
         axes.plot(
@@ -103,8 +103,8 @@ def dots(
             axes.plot([number], [y], "|", color=COLOURS[1], markersize=14, markeredgewidth=2.5)
     axes.plot([], [], "|", color=COLOURS[1], markersize=12, markeredgewidth=2.5, label="the paper's")
     axes.set_yticks(range(len(values)), list(values), fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xlabel=measure, title=title, xlim=(-0.1, 1.05))
+    axes.set(xlabel=measure, xlim=(-0.1, 1.05), ylim=(len(values) - 0.5, -0.5))
+    axes.set_title(fill(title, 60), fontsize=10)
     axes.grid(axis="x", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

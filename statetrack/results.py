@@ -87,7 +87,7 @@ def write_page(
     """
     out.mkdir(parents=True, exist_ok=True)
     figures = draw(every, found, out / name, f"{name}: {_title(quick)}")
-    lines = [f"# {name}", "", recipe.strip(), "", *_markdown(every, found, command, quick), ""]
+    lines = [f"# {name}", "", *_markdown(every, found, command, quick), ""]
     lines += [line for path in figures if path.suffix == ".png" for line in (f"![{path.stem}]({path.name})", "")]
     behind = [cell.name for cell in every if _behind(cell, found[cell.name])]
     if behind:
@@ -98,6 +98,7 @@ def write_page(
     missing = [cell.name for cell in every if not found[cell.name]]
     if missing:
         lines += [f"Not run: {', '.join(missing)}.", ""]
+    lines += ["## The paper's settings, and where the full recipe differs", "", recipe.strip(), ""]
     again = f"{command} --from-results {DIRECTORY}"
     lines += [f"Every run is a line of [{name}.jsonl]({name}.jsonl); `{again}` writes this page from it."]
     page, rows = out / f"{name}.md", out / f"{name}.jsonl"
