@@ -1,14 +1,21 @@
-"""Train on several CPU processes; run by torchrun from tests/test_lm_train.py: DATA OUT ddp|fsdp."""
+"""Train on several CPU processes; run by torchrun from tests/test_lm_train.py: DATA OUT ddp|fsdp [STOP].
+
+With STOP the second process gets a SIGINT after that step; a run that is there is gone on with.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from statetrack.lm.train import Options, train
-from tests.test_lm_train import spread
+from statetrack.train import Interrupted
+from tests.test_lm_train import acting, spread
 
 
 def let_accelerate_shard_on_cpus() -> None:
@@ -28,8 +35,14 @@ def let_accelerate_shard_on_cpus() -> None:
 
 
 if __name__ == "__main__":
-    data, out, parallel = sys.argv[1:]
+    data, out, parallel, *stop = sys.argv[1:]
     torch.set_num_threads(1)
     if parallel == "fsdp":
         let_accelerate_shard_on_cpus()
-    train(spread(), Path(out), Path(data), options=Options(device="cpu", parallel=parallel, trackers=()))
+    if stop and os.environ["RANK"] == "1":
+        acting(pytest.MonkeyPatch(), int(stop[0]), lambda **_: os.kill(os.getpid(), signal.SIGINT))
+    options = Options(device="cpu", parallel=parallel, trackers=())
+    try:
+        train(spread(), Path(out), Path(data), options=options, resume=Path(out).exists())
+    except Interrupted as error:
+        print(error)

@@ -250,15 +250,21 @@ def test_wandb_is_asked_for_only_where_it_is_installed(data: Path, tmp_path: Pat
             train(small(), tmp_path, data, options=replace(OPTIONS, trackers=("wandb",)))
 
 
-def test_two_processes_train_as_one(data: Path, tmp_path: Path):
-    """The same command under torchrun, with FSDP2: the second process begins with no weights at all."""
+def on_two_processes(data: Path, path: Path, *stop: int) -> str:
+    """Run tests/lm_processes.py under torchrun, on a port of its own; return what it printed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tests.lm_processes"]
     done = subprocess.run(
-        [sys.executable, *command, str(data), str(tmp_path / "two"), "fsdp"],
+        [sys.executable, *command, str(data), str(path), "fsdp", *map(str, stop)],
         capture_output=True, text=True, cwd=ROOT, env=environment, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_train_as_one(data: Path, tmp_path: Path):
+    """The same command under torchrun, with FSDP2: the second process begins with no weights at all."""
+    on_two_processes(data, tmp_path / "two")
     train(spread(), tmp_path / "one", data, options=OPTIONS)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     one, two = weights(tmp_path / "one" / "model"), weights(tmp_path / "two" / "model")
@@ -266,6 +272,18 @@ def test_two_processes_train_as_one(data: Path, tmp_path: Path):
     assert one.keys() == two.keys()
     for name in one:
         assert torch.allclose(one[name], two[name], atol=2e-4), name
+
+
+def test_two_processes_that_are_stopped_go_on_to_the_same_bits(data: Path, tmp_path: Path):
+    """A signal to one of them stops both after step 3, at which nothing would have been saved."""
+    on_two_processes(data, tmp_path / "whole")
+    assert "stopped at step 3" in on_two_processes(data, tmp_path / "run", 3)
+    assert not (tmp_path / "run" / "model").exists()
+    with pytest.raises(UsageError, match="checkpoint-3 was written with FSDP2; go on with FSDP2"):
+        train(spread(), tmp_path / "run", data, options=OPTIONS, resume=True)
+    on_two_processes(data, tmp_path / "run")
+    assert same(weights(tmp_path / "run" / "model"), weights(tmp_path / "whole" / "model"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 def test_a_weight_that_was_lost_on_the_way_is_noticed(data: Path, tmp_path: Path, monkeypatch):

@@ -84,6 +84,8 @@ def train(
     loss that is not finite, or a disk that is full; the last whole checkpoint stays. Interrupted after SIGINT, SIGTERM
     or the time limit, when all is saved.
     """
+    from statetrack.lm.trainer import SHARDED, greatest
+
     options = options or Options()
     recipe.check()
     options.check()
@@ -94,11 +96,15 @@ def train(
     config |= {"version": statetrack.__version__, "commit": commit()}
     with _opened(path, config, resume, force, main) as start, Signals() as signals, Bars() as bars:
         trainer = _trainer(recipe, path, corpus, options, signals, bars if main else None)
+        if start and trainer.is_fsdp_enabled != (start / SHARDED).exists():
+            how = "without FSDP2" if trainer.is_fsdp_enabled else "with FSDP2"
+            raise UsageError(f"{start} was written {how}; go on {how} (--parallel, and the number of processes)")
         if main:
             write_json(path / RECIPE, config)
         trainer.train(resume_from_checkpoint=str(start) if start else None)
-        if signals.received and trainer.state.global_step < recipe.steps:
-            raise Interrupted(signals.received, trainer.state.global_step, path)
+        signum = greatest(signals.received, trainer.args)  # all stop, or all write the model together
+        if signum and trainer.state.global_step < recipe.steps:
+            raise Interrupted(signum, trainer.state.global_step, path)
         if options.save:
             _save_model(trainer, path)
     history = trainer.state.log_history

@@ -27,6 +27,8 @@ from statetrack.progress import Bars
 from statetrack.runs import first_line, write_atomically, write_json
 from statetrack.train import Signals
 
+SHARDED = "pytorch_model_fsdp.bin"
+"""the weights as accelerate writes them with FSDP2"""
 COMPLETE = "complete.json"
 """the file that a checkpoint gets last: one without it is not whole"""
 CLOSE = 1e-5  # of a weight's sums before and after it was spread over processes
@@ -177,7 +179,7 @@ class StopSafely(TrainerCallback):
         """Ask every process whether it is to stop, so that all stop after the same step."""
         del kwargs
         late = self.limit is not None and time.monotonic() >= self.limit
-        if _any_process(bool(self.signals.received) or late, args):
+        if greatest(self.signals.received or int(late), args):
             control.should_training_stop = True
         if control.should_training_stop or state.global_step == state.max_steps:
             control.should_save, control.should_log = args.save_strategy != "no", True
@@ -222,9 +224,10 @@ SHOWN = {
 }
 
 
-def _any_process(flag: bool, args: Any) -> bool:
+def greatest(number: int, args: Any) -> int:
+    """Return the greatest of the numbers that the processes have."""
     if args.world_size == 1:
-        return flag
-    flags = torch.tensor(int(flag), device=args.device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags.item())
+        return number
+    numbers = torch.tensor(number, device=args.device)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return int(numbers.item())
