@@ -153,6 +153,8 @@ def test_a_trained_tokenizer_gives_any_text_back(tmp_path: Path):
 def test_tokenizers_that_do_not_fit_are_refused(tmp_path: Path):
     with pytest.raises(UsageError, match="at least 257"):
         train_tokenizer(TEXTS, 100)
+    with pytest.raises(UsageError, match="holds no text"):
+        train_tokenizer([], 5000)
     with pytest.raises(UsageError, match="too short for a vocabulary of 5000"):
         train_tokenizer(TEXTS, 5000)
     with pytest.raises(UsageError, match="cannot be loaded"):

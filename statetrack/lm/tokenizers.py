@@ -56,6 +56,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     tokenizer.train_from_iterator(_first(texts, TRAINING_BYTES), trainer)
     if tokenizer.get_vocab_size() < vocab_size:
         found = tokenizer.get_vocab_size()
+        if found == 257:  # the bytes and END: no pair was seen
+            raise UsageError("the source holds no text, or too little to train a tokenizer on")
         raise UsageError(f"the text is too short for a vocabulary of {vocab_size}: it gave {found}; ask for fewer")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False
