@@ -8,7 +8,8 @@ process; a "forward" keeps nothing for a backward, a "both" gives the gradient o
 and backward raise the peak resident size above that with the inputs made and the code warm, each implementation in a
 process of its own. A call over SLOW seconds is timed fewer times, at least once. The backward of mamba-ssm's reference
 takes time quadratic in T: from QUADRATIC tokens it runs once, in a process that is stopped after LIMIT seconds, and
-that limit is then a lower bound on its time.
+that limit is then a lower bound on its time. The figures per token (linearity) are of memory that the process keeps
+between the calls, at every length.
 
 The results go to benchmarks/results/ops_cpu.md and .json. Needs Linux and about ten quiet minutes on two cores.
 """
@@ -61,6 +62,7 @@ SLOW, LIMIT = 4, 60  # seconds
 LINEAR = [2048, 8192, 32768, 131072]
 QUICK = {"delta": [(1, 256, 2, 32), (8, 40, 4, 16)], "scan": [(1, 128, 32, 8), (8, 40, 32, 8)]}
 QUICK |= {"gla": [(1, 128, 2, 16)], "dplr": [(1, 128, 2, 16)]}
+KEEP_MEMORY = [(-4, 0), (-1, 2**31 - 1)]  # glibc's M_MMAP_MAX and M_TRIM_THRESHOLD: else over 32 MiB it asks anew
 LEAST_SECONDS = 0.1  # of one measurement
 
 
@@ -178,7 +180,8 @@ def _status(key: str) -> int:
 
 
 def linearity(rounds: int, quick: bool) -> Rows:
-    """Time ours at growing lengths, in microseconds per token."""
+    """Time ours at growing lengths, in microseconds per token; comes last, for the process keeps its memory then."""
+    assert all(ctypes.CDLL(None).mallopt(*option) for option in KEEP_MEMORY)
     rows = []
     for T in LINEAR[: 2 if quick else None]:
         say(f"linear: T = {T}")
@@ -340,12 +343,12 @@ def measure(a: argparse.Namespace) -> dict[str, Rows]:
         for shape in (QUICK[op] if a.quick else shapes) if op in a.only else []:
             say(f"{title} = {shape}")
             results[f"{title} = {shape}"] = compare(op, shape, a.peers, a.rounds)
-    if "linear" in a.only:
-        results["linearity"] = linearity(a.rounds, a.quick)
     if "ranges" in a.only:
         results["ranges"] = ranges(a.rounds, a.quick)
     if "tracking" in a.only:
         results["tracking"] = tracking(a.quick)
+    if "linear" in a.only:
+        results["linearity"] = linearity(a.rounds, a.quick)
     return results
 
 

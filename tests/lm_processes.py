@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from statetrack.lm.train import Options, train
+from statetrack.lm.train import Options, leaving_group, train
 from statetrack.train import Interrupted
 from tests.test_lm_train import acting, spread
 
@@ -43,6 +43,7 @@ if __name__ == "__main__":
         acting(pytest.MonkeyPatch(), int(stop[0]), lambda **_: os.kill(os.getpid(), signal.SIGINT))
     options = Options(device="cpu", parallel=parallel, trackers=())
     try:
-        train(spread(), Path(out), Path(data), options=options, resume=Path(out).exists())
+        with leaving_group():
+            train(spread(), Path(out), Path(data), options=options, resume=Path(out).exists())
     except Interrupted as error:
         print(error)

@@ -10,6 +10,7 @@ DIR/training.png .svg  loss by step
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 import statetrack
 from statetrack.errors import UsageError
@@ -111,6 +113,20 @@ def train(
     if main:
         loss_by_step({path.name: history}, path / "training", title=path.name)
     return {k: v for row in history for k, v in row.items()}
+
+
+@contextlib.contextmanager
+def leaving_group() -> Iterator[None]:
+    """Leave a group of processes, and free what it held, while Python still runs.
+
+    A thread of the group (gloo's live on) that lets go of its last tensor when Python ends would abort the process.
+    """
+    try:
+        yield
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+            gc.collect()
 
 
 def _corpus(recipe: Recipe, data: Path, main: bool) -> Corpus:

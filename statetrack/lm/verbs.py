@@ -54,7 +54,7 @@ def prepare(a: PrepareArguments) -> None:
 
 def train(a: TrainArguments) -> None:
     """Train by a recipe."""
-    from statetrack.lm.train import MODEL, Options
+    from statetrack.lm.train import MODEL, Options, leaving_group
     from statetrack.lm.train import train as run_training
 
     recipe = recipe_of(a)
@@ -63,7 +63,9 @@ def train(a: TrainArguments) -> None:
     installed = ("tensorboard",) if find_spec("tensorboard") else ()
     trackers = {"auto": installed, "both": ("tensorboard", "wandb"), "none": ()}.get(a.tracker, (a.tracker,))
     options = Options(device=a.device, parallel=a.parallel, minutes=a.minutes, trackers=trackers)
-    last = run_training(recipe, path, a.data or default_data(recipe), options=options, resume=a.resume, force=a.force)
+    data = a.data or default_data(recipe)
+    with leaving_group():
+        last = run_training(recipe, path, data, options=options, resume=a.resume, force=a.force)
     if int(os.environ.get("RANK", "0")) == 0:
         shown = f"loss {last['loss']:.4f}" if "loss" in last else "nothing was left to do"
         shown += f", validation {last['eval_loss']:.4f}" if "eval_loss" in last else ""
