@@ -195,7 +195,7 @@ def _walk(start, stop, where, scale, q, k, v, beta, decay, S, x, c, ahead, every
             ends = min(t + 17, stop)
             c[0, 0] = _touch(k, (t + 1) * N, ends * N, hk) + _touch(v, (t + 1) * N, ends * N, h)
             if len(o):
-                c[0, 0] = _touch(q, t + 1, ends, hk) + _touch(o, t + 1, ends, h)
+                c[0, 0] = _touch(q, t + 1, ends, hk)
         if t >= start:
             w, norm, vs = v.dtype.type(beta[m, h] / squared), v.dtype.type(math.sqrt(squared)), v[m, h, left:right]
             for j in range(len(vs)):
@@ -265,8 +265,7 @@ def _walk_back(
                 behind[i, j], behind[i, 4 + j] = 1, 0
         for j in range(6 * W):
             y[j] = 0
-    b[0, 0] = _touch(q, start, stop, hk) + _touch(d_o, start, stop, h) + _touch(dq, start, stop, hk)
-    b[0, 0] = _touch(dk, start * N, stop * N, hk) + _touch(dv, start * N, stop * N, h)
+    b[0, 0] = _touch(q, start, stop, hk) + _touch(d_o, start, stop, h)
     t, n = (stop, 0) if fresh else (stop - 1, N - 1)
     for m in range(t * N + n, start * N - 1, -1):
         squared, power, along, apart, i = carry[0], carry[1], 0.0, 0.0, m - start * N
@@ -444,7 +443,7 @@ def _add_queries(results, out):
 
 @inner
 def _touch(x, begin, end, h):
-    """Bring the rows of some tokens to the cache, many at a time."""
+    """Bring the rows of some tokens to the cache, many at a time; only what no thread writes, or they wait in turn."""
     total = x.dtype.type(0)
     for t in range(begin, end):
         for i in range(0, x.shape[2], 16):
