@@ -6,6 +6,8 @@
                    small models most of their time
     compile+graph  a graph of the compiled step
 
+A run that is stopped and resumed ends with the same bits as one that is not; but for a compiled step on a GPU, where
+torch.compile adds up an embedding's gradient in any order.
 A step waits for nothing: its loss, accuracy and gradient norm stay on the device until somebody reads them.
 Legend: B batch, T tokens, A answers (B where a sequence has one answer, else B T).
 """

@@ -125,17 +125,18 @@ OPTIONS = [(cls, f.name) for cls in MIXERS.values() for f in dataclasses.fields(
 @pytest.mark.parametrize("cls, option", OPTIONS, ids=lambda x: getattr(x, "__name__", x))
 def test_every_option_is_read(cls, option: str):
     """Flip an option and the output changes (or, for the backend, the path taken, which rounds differently)."""
-    base = cls(dim=16)
+    base, device = cls(dim=16), "cpu"
     if option == "precision":  # of the Triton kernels alone
         pytest.importorskip("triton")
         base = dataclasses.replace(base, backend="triton")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    x = torch.randn(1, 70, OTHER["dim"] if option == "dim" else 16)
+    x = torch.randn(1, 70, OTHER["dim"] if option == "dim" else 16).to(device)
     changed = dataclasses.replace(base, **{option: OTHER[option]})
     outs = []
     for config in (base, changed):
         torch.manual_seed(0)
-        mixer = config.build()
+        mixer = config.build().to(device)
         outs.append(mixer(x[..., : config.dim])[0])
     assert outs[0].shape != outs[1].shape or not torch.equal(*outs)
 

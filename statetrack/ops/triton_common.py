@@ -12,6 +12,10 @@ are packed, and `starts`, `slots` and `bases` are what `layout.chunk_tables` ret
 import triton
 import triton.language as tl
 
+from statetrack.ops.triton_assembler import choose_assembler
+
+choose_assembler()  # before the first kernel is compiled
+
 
 @triton.jit
 def split(x, EXACT: tl.constexpr):
