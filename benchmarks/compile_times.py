@@ -3,7 +3,7 @@
     python benchmarks/compile_times.py
     python benchmarks/compile_times.py --only "random 64 states, 2 letters" "group Z60"
 
-The 55 languages of tests/languages.py, random tables of 16 to 150 states with 2 or 4 letters (before minimising),
+The 55 languages of tests/languages.py, random tables of 16 to 150 states with 2 to 256 letters (before minimising),
 groups with all elements as letters, some with few, and tables of two random permutations of up to 128 states. Processor
 seconds are those of the process, on one thread; other work on the machine makes the wall clock slower, and lets the
 optimising search, which counts wall seconds, try less. Results go to benchmarks/results/compile_times.md and .json
@@ -40,17 +40,19 @@ TIMEOUTS = {"at once": 0.0, "optimised": 20.0}
 GROUPS = ("S5", "S5_swaps", "A5", "Z60", "Z128", "D7", "D30", "D60", "S4 x Z5", "Z2 x Z2 x Z2 x Z2 x Z2 x Z2 x Z2")
 
 
-def random_table(states: int, letters: int) -> Automaton:
-    """Return the minimal automaton of a random table, half of whose states accept."""
+def random_table(states: int, letters: int, sparse: bool = False) -> Automaton:
+    """Return the minimal automaton of a random table, half of whose states accept; sparse: 70 % lead to a sink."""
     rng = np.random.default_rng(states)
     table = rng.integers(0, states, (states, letters))
+    if sparse:
+        table[rng.random(table.shape) < 0.7] = table[-1] = states - 1
     return Automaton(table, accepting=frozenset(np.flatnonzero(rng.random(states) < 0.5).tolist())).minimise()
 
 
-def random_permutations(states: int) -> Automaton:
-    """Return the minimal automaton of two random permutations."""
+def random_permutations(states: int, letters: int = 2) -> Automaton:
+    """Return the minimal automaton of random permutations."""
     rng = np.random.default_rng(states)
-    table = np.stack([rng.permutation(states), rng.permutation(states)], axis=1)
+    table = np.stack([rng.permutation(states) for _ in range(letters)], axis=1)
     return Automaton(table, accepting=frozenset(np.flatnonzero(rng.random(states) < 0.5).tolist())).minimise()
 
 
@@ -60,6 +62,12 @@ def cases() -> dict[str, Callable[[], Automaton]]:
     for states in (16, 32, 64, 128, 150):
         for letters in (2, 4):
             made[f"random {states} states, {letters} letters"] = partial(random_table, states, letters)
+    for letters in (8, 64, 256):
+        made[f"random 128 states, {letters} letters"] = partial(random_table, 128, letters)
+        made[f"random 128 states, {letters} letters, most lead nowhere"] = partial(
+            random_table, 128, letters, sparse=True
+        )
+        made[f"{letters} permutations of 128 states"] = partial(random_permutations, 128, letters)
     for states in (16, 60, 120, 128):
         made[f"2 permutations of {states} states"] = partial(random_permutations, states)
     made |= {f"group {name}": partial(automaton_of, f"group:{name}") for name in GROUPS}

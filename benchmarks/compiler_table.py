@@ -10,7 +10,8 @@ with integer and unit keys, on the chunk backend. Random words that stay alive a
 token; for regular expressions, Python's `re` is asked about prefixes too, for at most a few seconds.
 
 Results go to benchmarks/results/compiler_table.md and .json after every row; rows that are there are not measured
-again. Two processes of one thread each; some minutes.
+again. Two processes of one thread each; half an hour. The optimising search counts wall seconds: where "late" is true
+and other work ran beside it, measure again.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from datetime import date
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,6 +52,7 @@ SECONDS = 20.0
 WINDOWS = (0, 2)
 LENGTHS = {10: 1000, 1000: 16, 100_000: 1}  # length -> words
 ALARM = 2  # seconds for `re` at one length
+AT_ONCE = "processor s at once"
 PREFIXES = 200  # asked of `re` at one length
 
 # name -> depth, most factors per token, the same with a gate; depth and factors with a window of 2 tokens; factors of
@@ -123,7 +126,9 @@ def measure(name: str, window: int, quick: bool) -> dict[str, Any]:
     automaton = LANGUAGES[name]()
     depth, factors, gated, window_depth, window_factors, map_factors = PROTOTYPE[name]
     wanted = (window_depth, window_factors, None) if window else (depth, factors, max(1, gated))
+    began = time.process_time()
     first = compile(automaton, window=window, timeout=0)
+    at_once = time.process_time() - began
     plain = first if quick else compile(automaton, window=window, timeout=SECONDS)
     with_gate = compile(automaton, window=window, structure="gated", timeout=0 if quick else SECONDS)
     bound = lower_bounds(automaton, window=max(0, window - 1))
@@ -142,6 +147,7 @@ def measure(name: str, window: int, quick: bool) -> dict[str, Any]:
         "factors by layer": "/".join(map(str, plain.factors)),
         "widths": "/".join(map(str, plain.widths)),
         "depth at once": first.depth,
+        AT_ONCE: at_once,
         "s at once": first.blueprint.seconds,
         "s optimised": plain.blueprint.seconds,
         "late": plain.blueprint.late,
@@ -272,7 +278,7 @@ def report(out: Path, rows: Rows, speeds: Rows) -> None:
         {"what": "rows shallower than their lower bound", "count": below},
         {"what": "rows that reach their lower bound", "count": sum(row["at least"] == row["depth"] for row in rows)},
         {"what": "rows deeper or with more factors than the prototype", "count": len(worse)},
-        {"what": "longest seconds without optimisation", "count": max(row["s at once"] for row in rows)},
+        {"what": "longest processor seconds without optimisation", "count": max(map(itemgetter(AT_ONCE), rows))},
         {"what": "longest seconds with", "count": max(row["s optimised"] for row in rows)},
         {"what": "longest seconds of a certificate", "count": max(row["s certificate"] for row in rows)},
     ]

@@ -15,11 +15,13 @@ from statetrack.automata import Automaton
 from statetrack.automata.verdicts import lower_bounds
 from statetrack.compiler import CompiledAutomaton
 from statetrack.compiler.assembly import chain
+from statetrack.compiler.cascade import Limit, TooLarge, extend, nothing_known, view
 from statetrack.compiler.compiled import Blueprint
 from statetrack.compiler.discrete import apply_factors
 from statetrack.compiler.group_heads import group_stage
+from statetrack.compiler.kinds import suffix
 from statetrack.compiler.operations import Head, Operation, Style, close_cycles, map_factors
-from statetrack.compiler.search import find_plans
+from statetrack.compiler.search import find_plans, make_layer
 from statetrack.compiler.zeiger import ChainLayer, close_paths, operations, permutation_swaps
 from tests.languages import LANGUAGES
 from tests.test_automata import automata
@@ -125,6 +127,17 @@ def test_looking_longer_never_gives_more_layers(name: str, window: int):
     quick = compile(LANGUAGES[name](), window=window, timeout=0)
     better = compile(LANGUAGES[name](), window=window, timeout=4)
     assert lower_bounds(quick.automaton, window=max(0, window - 1)).layers <= better.depth <= quick.depth
+
+
+@pytest.mark.parametrize("kind", ["peel", "EM", "TR", "zei", "cut", "suf2"])
+def test_no_layer_outlasts_its_time(kind: str):
+    table = np.random.default_rng(0).integers(0, 60, (60, 40))
+    seen = view(Automaton(table, accepting=frozenset({0})).minimise(), without_sink=False)
+    known, over = extend(seen, nothing_known(seen), suffix(1)), Limit(-1.0)
+    with pytest.raises(TooLarge):
+        layer = make_layer(kind, seen, known, over)
+        assert layer is not None
+        extend(seen, known, layer, limit=over)
 
 
 @pytest.mark.parametrize("group, factors", [("Z60", 4), ("S5", 4), ("A5", 4), ("Z7", 6), ("Z2 x Z2", 1)])

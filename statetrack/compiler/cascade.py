@@ -22,6 +22,7 @@ from typing import NamedTuple
 from statetrack.automata import Automaton
 
 LOST = -1  # the label of the zero vector: it stays lost until a reset
+CHECK = 1 << 14  # transitions between two looks at the clock
 
 
 class TooLarge(Exception):
@@ -122,16 +123,22 @@ class Knowledge:
     possible: list[frozenset[int]]
     _events: list[Event] = field(default_factory=list, init=False, repr=False, compare=False)
 
-    def events(self, seen: View) -> list[Event]:
-        """Return the events that some word leads to; made once, all layers tried on this knowledge ask for them."""
+    def events(self, seen: View, limit: Limit = NO_LIMIT) -> list[Event]:
+        """Return the events that some word leads to; made once, all layers tried on this knowledge ask for them.
+
+        Raises TooLarge.
+        """
         if not self._events:
+            made: list[Event] = []
             columns = list(zip(*seen.moves, strict=True))
             for c, (row, states) in enumerate(zip(self.moves, self.possible, strict=True)):
+                limit.check()
                 for x, d in enumerate(row):
                     if d is not None:
                         column = columns[x]
                         image = {q: r for q in states if (r := column[q]) is not None}
-                        self._events.append(Event(c, x, d, image, frozenset(image.values())))
+                        made.append(Event(c, x, d, image, frozenset(image.values())))
+            self._events.extend(made)
         return self._events
 
     @property
@@ -233,9 +240,14 @@ def extend(seen: View, known: Knowledge, layer: Layer, cap: int = 20_000, limit:
     number, nodes, possible = {start: 0}, [start], [{seen.start}]
     rows: list[list[int | None]] = [[None for _ in letters]]
     todo, met = [(0, seen.start)], {seen.start}  # pairs of node i and state q; i * states + q
+    work = 0
     while todo:
         i, q = todo.pop()
         row = rows[i]
+        work += len(live[q])
+        if work > CHECK:
+            work = 0
+            limit.check()
         for x, r in live[q]:
             j = row[x]
             if j is None:
@@ -250,8 +262,6 @@ def extend(seen: View, known: Knowledge, layer: Layer, cap: int = 20_000, limit:
                     rows.append([None for _ in letters])
                     if j >= cap:
                         raise TooLarge
-                    if j % 64 == 0:
-                        limit.check()
             if j * states + r not in met:
                 met.add(j * states + r)
                 possible[j].add(r)

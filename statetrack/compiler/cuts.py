@@ -20,7 +20,7 @@ MOST_SEEDS, MOST_STEPS, MOST_PAIRS = 400, 4000, 60_000
 
 def cut(seen: View, known: Knowledge, limit: Limit = NO_LIMIT) -> Layer | None:
     """Return blocks that together tell apart as much as all that were found; None if there are none."""
-    images = {(c, x): image for c, x, _, image, _ in known.events(seen) if image}
+    images = {(c, x): image for c, x, _, image, _ in known.events(seen, limit) if image}
     families = _families(known, images, limit)
     if not families:
         return None

@@ -62,14 +62,16 @@ def group_stage(automaton: Automaton, timeout: float) -> Stage | None:
 def _closure(generators: Int[np.ndarray, "L Q"]) -> Int[np.ndarray, "G Q"] | None:
     """Return the permutations generated, in lexicographic order (the identity first); None for too many."""
     found = {tuple(range(generators.shape[1]))}
-    frontier = np.array(list(found))
-    while len(frontier):
-        products = np.unique(generators[:, frontier].reshape(-1, generators.shape[1]), axis=0)
+    todo = list(found)
+    while todo:
+        few = max(1, MOST_ELEMENTS // len(generators))
+        part, todo = np.array(todo[:few]), todo[few:]
+        products = np.unique(generators[:, part].reshape(-1, generators.shape[1]), axis=0)
         fresh = [row for row in map(tuple, products.tolist()) if row not in found]
         found.update(fresh)
         if len(found) > MOST_ELEMENTS:
             return None
-        frontier = np.array(fresh)
+        todo += fresh
     return np.array(sorted(found), dtype=np.int64)
 
 

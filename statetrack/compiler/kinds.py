@@ -30,15 +30,17 @@ from statetrack.compiler.cascade import (
 _Move = tuple[int, int, dict[int, int], frozenset[int], bool]  # letter, next c, image, its values, if the identity
 
 
-def peel(seen: View, known: Knowledge, resets: bool = True) -> Layer | None:
-    """Remember the state itself; without resets, give None where an event merges live states."""
-    lossy = _possibly_lost(seen, known, resets)
+def peel(seen: View, known: Knowledge, resets: bool = True, limit: Limit = NO_LIMIT) -> Layer | None:
+    """Remember the state itself; without resets, give None where an event merges live states. Raises TooLarge."""
+    lossy = _possibly_lost(seen, known, resets, limit)
     labels = [
         sorted(states - lossy[c]) if len(lossy[c]) == 1 else sorted(states) for c, states in enumerate(known.possible)
     ]
     events: dict[tuple[int, int], Map | Reset] = {}
     kept_at = [set(some) for some in labels]
-    for c, x, d, image, targets in known.events(seen):
+    for i, (c, x, d, image, targets) in enumerate(known.events(seen)):
+        if i % 256 == 0:
+            limit.check()
         if not resets and len(targets) < len(image):
             return None
         kept = kept_at[d]
@@ -57,23 +59,25 @@ def peel(seen: View, known: Knowledge, resets: bool = True) -> Layer | None:
     return Layer("peel" if resets else "inj", [Block(labels, events, start)])
 
 
-def _possibly_lost(seen: View, known: Knowledge, resets: bool) -> list[set[int]]:
+def _possibly_lost(seen: View, known: Knowledge, resets: bool, limit: Limit) -> list[set[int]]:
     """Return the states that, at each state of the knowledge, the layer may have lost: the least fixed point."""
     lossy: list[set[int]] = [set() for _ in range(known.size)]
-    maps = []
-    for c, _, d, image, targets in known.events(seen):
+    maps: list[list[tuple[int, dict[int, int]]]] = [[] for _ in range(known.size)]
+    for c, _, d, image, targets in known.events(seen, limit):
         if not image or (resets and len(targets) == 1):
             continue
-        maps.append((c, d, image))
-        lossy[d] |= _merged(image)
-    changed = True
-    while changed:
-        changed = False
-        for c, d, image in maps:
-            carried = {image[q] for q in lossy[c] if q in image}
-            if not carried <= lossy[d]:
+        maps[c].append((d, image))
+        if len(targets) < len(image):
+            lossy[d] |= _merged(image)
+    todo = [(c, set(states)) for c, states in enumerate(lossy) if states]
+    while todo:
+        limit.check()
+        c, lost = todo.pop()
+        for d, image in maps[c]:
+            carried = {image[q] for q in lost if q in image} - lossy[d]
+            if carried:
                 lossy[d] |= carried
-                changed = True
+                todo.append((d, carried))
     return lossy
 
 
@@ -87,7 +91,8 @@ def _survivors(image: dict[int, int], labels: list[int], kept: set[int]) -> dict
     """Choose, of the labels that go to one state, the one that carries on: itself if it stays."""
     to: dict[int, int] = {}
     used: set[int] = set()
-    for q in sorted(labels, key=lambda q: (image.get(q) != q, q)):
+    fixed = [q for q in labels if image.get(q) == q]
+    for q in [*fixed, *labels]:
         r = image.get(q)
         if r is not None and r not in used and r in kept:
             to[q] = r
@@ -100,7 +105,7 @@ def tiles(
 ) -> Layer:
     """Remember a set of states that holds the automaton's: the image of the last event (EM), or carried along (TR)."""
     out: list[list[_Move]] = [[] for _ in range(known.size)]
-    for c, x, d, image, whole in known.events(seen):
+    for c, x, d, image, whole in known.events(seen, limit):
         if image:
             out[c].append((x, d, image, whole, all(q == r for q, r in image.items())))
     forced: set[tuple[int, int]] = set()  # events that must reset: carrying would merge two tiles
@@ -170,10 +175,10 @@ def _tile_layer(seen, known, out, found, carry, forced) -> Layer:
     return Layer("TR" if carry else "EM", [Block(labels, events, name(frozenset([seen.start])))])
 
 
-def zeiger(seen: View, known: Knowledge) -> Layer:
+def zeiger(seen: View, known: Knowledge, limit: Limit = NO_LIMIT) -> Layer:
     """Remember a state that the automaton is not in, so that one fewer is possible (Zeiger; Ginzburg 1968, ch. 3)."""
     events: dict[tuple[int, int], Map | Reset] = {}
-    for c, x, d, image, values in known.events(seen):
+    for c, x, d, image, values in known.events(seen, limit):
         missed = known.possible[d] - values
         if not image:
             events[c, x] = NOTHING
@@ -192,6 +197,6 @@ def suffix(length: int) -> Layer:
     return Layer(f"suf{length}", [Register(length)])
 
 
-def can_end(seen: View, known: Knowledge) -> bool:
+def can_end(seen: View, known: Knowledge, limit: Limit = NO_LIMIT) -> bool:
     """Whether a last layer may be a partial injection whose zero vector means death: no event merges live states."""
-    return all(len(values) == len(image) for _, _, _, image, values in known.events(seen))
+    return all(len(values) == len(image) for _, _, _, image, values in known.events(seen, limit))

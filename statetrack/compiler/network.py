@@ -73,14 +73,8 @@ class StageLayer(nn.Module):
             for column, ones in enumerate(head.start):
                 for i in ones:
                     first[r, n * i : n * i + n, column] = 1
-            for e, factors in enumerate(made[r]):
-                if style.resets(head, head.operations[e]):
-                    log_decay[e, r] = -torch.inf
-                for f, (key, value, step) in enumerate(factors):
-                    keys[e, f, r, 0] = 0
-                    for i, entry in key.items():
-                        keys[e, f, r, i] = entry
-                    values[e, f, r], beta[e, f, r] = value, step
+            log_decay[[e for e, op in enumerate(head.operations) if style.resets(head, op)], r] = -torch.inf
+            _place(made[r], keys[:, :, r], values[:, :, r], beta[:, :, r])
         self.resets = bool(torch.isinf(log_decay).any())
         letters = torch.tensor([head.letters for head, _ in rows])
         self._store(letters, stage, keys=keys, values=values, beta=beta, log_decay=log_decay, query=query, first=first)
@@ -183,6 +177,26 @@ class StageLayer(nn.Module):
     def tables(self) -> list[Tensor]:
         """Return the chain of tables that decodes the readings."""
         return [getattr(self, f"decoder_{i}") for i in range(self.decoders)]
+
+
+def _place(
+    made: list[list[tuple[dict[int, float], float, float]]],
+    keys: Float[Tensor, "E F K"],
+    values: Float[Tensor, "E F"],
+    beta: Float[Tensor, "E F"],
+) -> None:
+    """Write the factors of one head's operations: key entries, value, beta of each."""
+    places = [(e, f) for e, factors in enumerate(made) for f in range(len(factors))]
+    if not places:
+        return
+    flat = [factor for factors in made for factor in factors]
+    e, f = torch.tensor(places).T
+    keys[e, f, 0] = 0
+    values[e, f] = torch.tensor([value for _, value, _ in flat])
+    beta[e, f] = torch.tensor([step for _, _, step in flat])
+    entries = [(j, i) for j, (key, _, _) in enumerate(flat) for i in key]
+    j, i = torch.tensor(entries).T
+    keys[e[j], f[j], i] = torch.tensor([entry for key, _, _ in flat for entry in key.values()])
 
 
 class MapLayer(StageLayer):

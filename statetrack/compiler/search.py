@@ -33,7 +33,7 @@ CHEAP_STAGE = (*CHEAP, "suf")
 WIDE = ("all", "all1", "all2", "all3")
 MOST_LAYERS, MOST_KNOWN, LONGEST_SUFFIX, BEAM = 6, 6000, 8, 10
 FEW = 10  # plans of one depth that are pruned and compared
-QUICK_SECONDS, QUICK_STATES, MOST_QUICK_SECONDS = 0.8, 128, 10.0
+QUICK_SECONDS, QUICK_STATES, MOST_QUICK_SECONDS = 0.7, 128, 10.0
 """Processor time of the cheap kinds, for automata of up to so many states, growing with their square up to the most;
 what needs more falls back to Zeiger's chain."""
 GROWTH = 0.9  # of the time; the rest is for pruning and assembly
@@ -187,14 +187,13 @@ class _Search:
             if known.width <= 1:
                 yield partial.plan(latch=False)
             return
-        if can_end(seen, known):
-            layer = peel(seen, known, resets=False)
-            try:
-                last = None if layer is None else partial.with_layer(layer, self.end)
-            except TooLarge:
-                last = None
-            if last is not None and last.known[-1].width <= 1:
-                yield last.plan(latch=False)
+        try:
+            layer = make_layer("inj", seen, known, self.end)
+            last = None if layer is None else partial.with_layer(layer, self.end)
+        except TooLarge:
+            last = None
+        if last is not None and last.known[-1].width <= 1:
+            yield last.plan(latch=False)
         if known.width <= 1:
             yield partial.plan(latch=True)
 
@@ -237,11 +236,11 @@ class _Partial:
 def make_layer(kind: str, seen: View, known: Knowledge, limit: Limit) -> Layer | None:
     """Return a layer of a kind by its name; None where it does not apply. Raises TooLarge."""
     fixed: dict[str, Callable[[], Layer | None]] = {
-        "peel": lambda: peel(seen, known),
-        "inj": lambda: peel(seen, known, resets=False) if can_end(seen, known) else None,
+        "peel": lambda: peel(seen, known, limit=limit),
+        "inj": lambda: peel(seen, known, resets=False, limit=limit) if can_end(seen, known, limit) else None,
         "EM": lambda: tiles(seen, known, carry=False, limit=limit),
         "TR": lambda: tiles(seen, known, carry=True, limit=limit),
-        "zei": lambda: zeiger(seen, known),
+        "zei": lambda: zeiger(seen, known, limit),
         "cut": lambda: cut(seen, known, limit),
     }
     if kind in fixed:
