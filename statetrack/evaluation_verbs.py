@@ -57,6 +57,8 @@ class ReproduceArguments:
     """one run per cell and seed"""
     quick: bool = False
     """a small setting of ours, minutes instead of hours; the table says so"""
+    steps: Unset[int | None] = None
+    """train for so many steps in place of the recipe's, warm-up and cosine with them; the table says so"""
     list: bool = False
     """print the cells and their cost, run nothing"""
     jobs: int = 1
@@ -157,9 +159,11 @@ def reproduce(a: ReproduceArguments) -> None:
     """Run the cells of a table, or write the page of what is stored."""
     from statetrack.reproduce import page
     from statetrack.reproduce import reproduce as run_table
+    from statetrack.results import Extent
 
+    extent = Extent(a.quick, a.steps)
     if a.from_results is not None:
-        page(a.table, a.from_results, a.out or Path("docs/results"), quick=a.quick)
+        page(a.table, a.from_results, a.out or Path("docs/results"), extent=extent)
         return
     options = {"jobs": a.jobs, "minutes": a.minutes, "execution": a.execution, "out": a.out or Path("runs/reproduce")}
-    run_table(a.table, cells=a.cells, seeds=a.seeds, quick=a.quick, list_only=a.list, device=a.device, **options)
+    run_table(a.table, cells=a.cells, seeds=a.seeds, extent=extent, list_only=a.list, device=a.device, **options)

@@ -20,7 +20,7 @@ from statetrack.execution import check_execution
 from statetrack.layers import AttentionConfig, DeltaProductConfig
 from statetrack.model import Model
 from statetrack.progress import Bars
-from statetrack.results import Cell, device_name, stored, terminal_table, write_page, write_results
+from statetrack.results import Cell, Extent, device_name, stored, terminal_table, write_page, write_results
 from statetrack.runs import RESULT, Run, commit, write_json
 from statetrack.tasks import Task, get_task
 from statetrack.train import Interrupted, choose_device, load_run, load_settings, train
@@ -46,7 +46,7 @@ def reproduce(
     *,
     cells: Sequence[str],
     seeds: Sequence[int],
-    quick: bool,
+    extent: Extent,
     list_only: bool,
     device: str,
     out: Path,
@@ -57,9 +57,9 @@ def reproduce(
     """Run the chosen cells of a table that are not finished yet, `jobs` at a time; then print and write all that are.
 
     minutes: save and stop after so many; the same call goes on. execution: how a step is run (statetrack.execution).
-    Writes results.jsonl, table.md and figures into out/TABLE (out/TABLE-quick for quick runs).
+    Writes results.jsonl, table.md and figures into out/TABLE, out/TABLE-quick or out/TABLE-N-steps.
     """
-    every: list[Cell] = import_module(TABLES[table]).cells(quick)
+    every = extent.cells(import_module(TABLES[table]))
     chosen = [cell for cell in every if not cells or any(part in cell.name for part in cells)]
     if not chosen:
         raise UsageError(
@@ -76,15 +76,15 @@ def reproduce(
     if list_only:
         console.print(_list(chosen, seeds))
         return
-    folder = out / _folder_name(table, quick)
+    folder = out / extent.name(table)
     work = {
         f"{cell.name} seed {seed}": Job(cell, seed, folder / cell.name / f"seed{seed}", device, execution)
         for cell in chosen
         for seed in seeds
     }
-    left = _run_all(work, jobs, time.monotonic() + 60 * minutes, every, folder, quick)
-    figures = write_results(every, folder, _command(table, quick), quick)
-    console.print(terminal_table(every, folder, quick))
+    left = _run_all(work, jobs, time.monotonic() + 60 * minutes, every, folder, extent)
+    figures = write_results(every, folder, extent.command(table), extent)
+    console.print(terminal_table(every, folder, extent))
     files = [folder / "table.md", folder / "results.jsonl", *figures]
     console.print(", ".join(map(str, files)), highlight=False, soft_wrap=True)
     if left:
@@ -95,31 +95,23 @@ def reproduce(
         )
 
 
-def page(table: str, source: Path, out: Path, *, quick: bool) -> None:
+def page(table: str, source: Path, out: Path, *, extent: Extent) -> None:
     """Write out/TABLE.md with its figures and TABLE.jsonl from the results that `reproduce` left in `source`.
 
     source may also be such an `out` of before. Raises UsageError where it holds no results of the table.
     """
     module = import_module(TABLES[table])
-    every: list[Cell] = module.cells(quick)
-    name = _folder_name(table, quick)
+    every = extent.cells(module)
+    name = extent.name(table)
     folder = source / name
     stored_page = source / f"{name}.jsonl"
     rows = {cell.name: stored(cell, folder, stored_page) for cell in every}
     if not any(rows.values()):
         raise UsageError(
-            f"{folder} holds no results of {table}; run {_command(table, quick)} first, or name the --out it had"
+            f"{folder} holds no results of {table}; run {extent.command(table)} first, or name the --out it had"
         )
-    files = write_page(every, rows, out, name, module.__doc__ or "", _command(table, quick), quick)
+    files = write_page(every, rows, out, name, module.__doc__ or "", extent.command(table), extent)
     Console(markup=False).print(", ".join(map(str, files)), highlight=False, soft_wrap=True)
-
-
-def _folder_name(table: str, quick: bool) -> str:
-    return f"{table}-quick" if quick else table
-
-
-def _command(table: str, quick: bool) -> str:
-    return f"statetrack reproduce {table}{' --quick' if quick else ''}"
 
 
 class Job(NamedTuple):
@@ -134,7 +126,7 @@ class Job(NamedTuple):
 
 
 def _run_all(
-    work: Mapping[str, Job], jobs: int, until: float, every: Sequence[Cell], folder: Path, quick: bool
+    work: Mapping[str, Job], jobs: int, until: float, every: Sequence[Cell], folder: Path, extent: Extent
 ) -> list[str]:
     """Run what is not finished until the deadline; return the names of the runs that are left."""
     work = {name: job._replace(until=until) for name, job in work.items()}
@@ -153,7 +145,7 @@ def _run_all(
         for name, done in ended:
             if done:
                 del left[name]
-            write_results(every, folder, "", quick, figures=False)
+            write_results(every, folder, "", extent, figures=False)
     return list(left)
 
 

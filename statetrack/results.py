@@ -10,9 +10,10 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Column, Table
@@ -24,6 +25,43 @@ from statetrack.runs import RESULT, first_line, read_json, write_atomically
 from statetrack.train import Settings
 
 RESULTS = "results.jsonl"
+
+
+class Extent(NamedTuple):
+    """How much of a paper's training the runs of a table take."""
+
+    quick: bool = False
+    """small settings of ours"""
+    steps: int | None = None
+    """in place of the recipe's; warm-up and cosine shrink with them"""
+
+    def cells(self, recipe: Any) -> list[Cell]:
+        """Return the cells of a module of `recipes`."""
+        every: list[Cell] = recipe.cells(self.quick)
+        if self.steps is None:
+            return every
+        return [replace(cell, settings=partial(_with_steps, cell.settings, self.steps)) for cell in every]
+
+    @property
+    def title(self) -> str:
+        """What a table says of its runs."""
+        text = "the paper's settings"
+        if self.quick:
+            text = "quick settings, NOT the paper's: shorter training, smaller models"
+        return text if self.steps is None else f"{text}, but for {self.steps:,} steps of training"
+
+    def name(self, table: str) -> str:
+        """Return the name of a table's folder and page."""
+        return f"{table}{'-quick' if self.quick else ''}{'' if self.steps is None else f'-{self.steps}-steps'}"
+
+    def command(self, table: str) -> str:
+        """Return the command that makes a table."""
+        steps = "" if self.steps is None else f" --steps {self.steps}"
+        return f"statetrack reproduce {table}{' --quick' if self.quick else ''}{steps}"
+
+
+def _with_steps(settings: Callable[[int], Settings], steps: int, seed: int) -> Settings:
+    return replace(settings(seed), steps=steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,18 +105,20 @@ Found = dict[str, list[dict[str, Any]]]
 """a cell's name: the results of its seeds"""
 
 
-def write_results(every: Sequence[Cell], folder: Path, command: str, quick: bool, figures: bool = True) -> list[Path]:
+def write_results(
+    every: Sequence[Cell], folder: Path, command: str, extent: Extent, figures: bool = True
+) -> list[Path]:
     """Write results.jsonl, table.md and the figures of what is stored; return the figures' files."""
     found = {cell.name: stored(cell, folder) for cell in every}
     folder.mkdir(parents=True, exist_ok=True)
     _write_rows(folder / RESULTS, found)
-    text = "\n".join(_markdown(every, found, command, quick)) + "\n"
+    text = "\n".join(_markdown(every, found, command, extent)) + "\n"
     write_atomically(folder / "table.md", lambda p: p.write_text(text))
-    return draw(every, found, folder / "figure", f"{folder.name}: {_title(quick)}") if figures else []
+    return draw(every, found, folder / "figure", f"{folder.name}: {extent.title}") if figures else []
 
 
 def write_page(
-    every: Sequence[Cell], found: Found, out: Path, name: str, recipe: str, command: str, quick: bool
+    every: Sequence[Cell], found: Found, out: Path, name: str, recipe: str, command: str, extent: Extent
 ) -> list[Path]:
     """Write the page of a table: what is asked, how it was run, numbers beside the paper's, figures; return the files.
 
@@ -86,8 +126,8 @@ def write_page(
     section of the page.
     """
     out.mkdir(parents=True, exist_ok=True)
-    figures = draw(every, found, out / name, f"{name}: {_title(quick)}")
-    lines = [f"# {name}", "", *_markdown(every, found, command, quick), ""]
+    figures = draw(every, found, out / name, f"{name}: {extent.title}")
+    lines = [f"# {name}", "", *_markdown(every, found, command, extent), ""]
     lines += [line for path in figures if path.suffix == ".png" for line in (f"![{path.stem}]({path.name})", "")]
     behind = [cell.name for cell in every if _behind(cell, found[cell.name])]
     if behind:
@@ -221,25 +261,21 @@ def _reach(results: Sequence[dict[str, Any]]) -> str:
     return str(max(max((t for t, accuracy in curve if accuracy >= 0.9), default=0) for curve in curves))
 
 
-def _title(quick: bool) -> str:
-    return "quick settings, NOT the paper's: shorter training, smaller models" if quick else "the paper's settings"
-
-
-def terminal_table(every: Sequence[Cell], folder: Path, quick: bool) -> Table:
+def terminal_table(every: Sequence[Cell], folder: Path, extent: Extent) -> Table:
     """Return the table for a terminal: names whole, the measure in the title, columns without a number left out."""
     found = {cell.name: stored(cell, folder) for cell in every}
     rows: list[dict[str, str]] = [dict(zip(HEADER, row, strict=True)) for row in _rows(every, found)]
     measures = ", ".join(sorted({row["measure"] for row in rows}))
     names = [name for name in HEADER if name not in ONLY_WRITTEN and any(row[name] for row in rows)]
     columns = [Column(name, no_wrap=name == "cell", overflow="fold") for name in names]
-    table = Table(*columns, title=f"{measures}; {_title(quick)}", box=None, padding=(0, 1, 0, 0))
+    table = Table(*columns, title=f"{measures}; {extent.title}", box=None, padding=(0, 1, 0, 0))
     for row in rows:
         table.add_row(*(row[name] for name in names))
     return table
 
 
-def _markdown(every: Sequence[Cell], found: Found, command: str, quick: bool) -> list[str]:
-    lines = [f"{_title(quick)[0].upper()}{_title(quick)[1:]}.", ""]
+def _markdown(every: Sequence[Cell], found: Found, command: str, extent: Extent) -> list[str]:
+    lines = [f"{extent.title[0].upper()}{extent.title[1:]}.", ""]
     if command:
         lines += [f"    {command}", ""]
     results = [row for rows in found.values() for row in rows]

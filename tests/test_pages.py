@@ -18,7 +18,7 @@ from statetrack.evaluate import at_precision
 from statetrack.layers import DeltaProductConfig, LSTMConfig
 from statetrack.model import Config
 from statetrack.reproduce import TABLES, import_module, page
-from statetrack.results import Cell
+from statetrack.results import Cell, Extent
 
 
 def made(folder: Path, cell: Cell, values: list[float], **more: Any) -> None:
@@ -53,7 +53,7 @@ def test_a_page_says_all_there_is(results: Path):
     out = results / "pages"
     out.mkdir()
     (out / "p1-chomsky.notes.md").write_text("Tried twice.")
-    page("p1-chomsky", results / "runs", out, quick=False)
+    page("p1-chomsky", results / "runs", out, extent=Extent())
     text = (out / "p1-chomsky.md").read_text()
     assert "appendix E.1.1" in text and "Deviations: one learning rate" in text
     assert "    statetrack reproduce p1-chomsky\n" in text and "Trained on made at commit ccccccc" in text
@@ -71,8 +71,8 @@ def test_a_page_says_all_there_is(results: Path):
 
 def test_a_page_is_drawn_again_from_its_own_rows(results: Path):
     first, again = results / "first", results / "again"
-    page("p1-chomsky", results / "runs", first, quick=False)
-    page("p1-chomsky", first, again, quick=False)
+    page("p1-chomsky", results / "runs", first, extent=Extent())
+    page("p1-chomsky", first, again, extent=Extent())
     for name in ("p1-chomsky.md", "p1-chomsky.jsonl"):
         assert (first / name).read_bytes() == (again / name).read_bytes()
 
@@ -80,7 +80,7 @@ def test_a_page_is_drawn_again_from_its_own_rows(results: Path):
 def test_what_is_lower_than_the_paper_is_named(tmp_path: Path):
     arithmetic = next(cell for cell in p1_chomsky.cells(False) if cell.name == "arithmetic-deltanet_-1to1")
     made(tmp_path / "p1-chomsky", arithmetic, [0.91, 0.5])
-    page("p1-chomsky", tmp_path, tmp_path / "out", quick=False)
+    page("p1-chomsky", tmp_path, tmp_path / "out", extent=Extent())
     said = "Our best seed is more than 0.05 below the paper's best in: arithmetic-deltanet_-1to1."
     assert said in (tmp_path / "out" / "p1-chomsky.md").read_text()
 
@@ -89,7 +89,7 @@ def test_a_figure_per_task(tmp_path: Path):
     every = import_module(TABLES["p2-groups"]).cells(False)
     for cell in (every[0], every[-1]):
         made(tmp_path / "p2-groups", cell, [0.5, 0.25], curve=[[1, 1.0], [512, 0.5]])
-    page("p2-groups", tmp_path, tmp_path / "out", quick=False)
+    page("p2-groups", tmp_path, tmp_path / "out", extent=Extent())
     names = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert names == {"p2-groups-S3.png", "p2-groups-S5.png"}
     text = (tmp_path / "out" / "p2-groups.md").read_text()
@@ -98,10 +98,10 @@ def test_a_figure_per_task(tmp_path: Path):
 
 def test_no_page_without_results(tmp_path: Path):
     with pytest.raises(UsageError, match="holds no results of p1-s5; run statetrack reproduce p1-s5 first"):
-        page("p1-s5", tmp_path, tmp_path / "out", quick=False)
+        page("p1-s5", tmp_path, tmp_path / "out", extent=Extent())
     (tmp_path / "p1-s5.jsonl").write_text("{}\n")
     with pytest.raises(UsageError, match=r"p1-s5.jsonl is not a list of results"):
-        page("p1-s5", tmp_path, tmp_path / "out", quick=False)
+        page("p1-s5", tmp_path, tmp_path / "out", extent=Extent())
     assert not (tmp_path / "out").exists()
 
 
