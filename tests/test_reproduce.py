@@ -17,6 +17,7 @@ from recipes import p1_chomsky, p1_s5, p2_groups
 from recipes.demo import demo_settings
 from statetrack import reproduce as tables
 from statetrack.errors import UsageError
+from statetrack.layers import DeltaProductConfig
 from statetrack.model import Config, Model
 from statetrack.reproduce import TABLES
 from statetrack.results import Cell, Extent, interval
