@@ -30,24 +30,20 @@ class TooLarge(Exception):
 
 
 class Limit:
-    """A moment at which work stops."""
+    """A moment at which work stops: so many seconds from now on this clock, or when the outer limit does."""
 
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
-        self.clock, self.end = clock, clock() + seconds
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic, outer: Limit | None = None):
+        self.clock, self.end, self.outer = clock, clock() + seconds, outer
 
     @property
     def passed(self) -> bool:
         """Whether it is over."""
-        return self.clock() > self.end
+        return self.clock() > self.end or (self.outer is not None and self.outer.passed)
 
     def check(self) -> None:
         """Raise TooLarge if it is over."""
         if self.passed:
             raise TooLarge
-
-    def within(self, seconds: float) -> Limit:
-        """Return a limit so many seconds from now, or this one if it is sooner."""
-        return Limit(min(seconds, self.end - self.clock()), self.clock)
 
 
 NO_LIMIT = Limit(float("inf"))

@@ -37,7 +37,7 @@ QUICK_SECONDS, QUICK_STATES, MOST_QUICK_SECONDS = 0.7, 128, 10.0
 """Processor time of the cheap kinds, for automata of up to so many states, growing with their square up to the most;
 what needs more falls back to Zeiger's chain."""
 GROWTH = 0.9  # of the time; the rest is for pruning and assembly
-PRUNING_SECONDS = 3.0  # for one plan
+PRUNING_SECONDS = 3.0  # of processor time, for one plan
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ def find_plans(
     """
     end = Limit(timeout)
     seconds = min(MOST_QUICK_SECONDS, QUICK_SECONDS * max(1.0, automaton.states / QUICK_STATES) ** 2)
-    quick = Limit(max(seconds, timeout / 4), time.thread_time)
+    quick = Limit(max(seconds, timeout / 4), time.thread_time, end if timeout > seconds else None)
     search = _Search(automaton, window, [CHEAP_STAGE], quick, quick, report)
     plans = search.run(MOST_LAYERS, deeper)
     if timeout:
         most = min((plan.depth for plan in plans), default=MOST_LAYERS)
-        growth = end.within(GROWTH * timeout)
+        growth = Limit(GROWTH * timeout, outer=end)
         search = _Search(automaton, window, [CHEAP_STAGE, ("cut",), WIDE], growth, end, report)
         plans += search.run(most, deeper)
     return sorted(plans, key=lambda plan: (plan.depth, plan.size)), search.late
@@ -199,7 +199,7 @@ class _Search:
 
     def _pruned(self, plan: Plan) -> Plan:
         """Drop blocks that the same depth does not need, the widest first, while there is time."""
-        limit = self.end.within(PRUNING_SECONDS)
+        limit = Limit(PRUNING_SECONDS, time.thread_time, self.end)
         for i in range(len(plan.layers)):
             kept = 0
             while kept < len(plan.layers[i].blocks) > 1:
