@@ -40,7 +40,7 @@ def agree(pattern: str, alphabet: str, flags: str, texts: list[str]) -> None:
 # --- random expressions ----------------------------------------------------------------------------------------------
 
 CLASSES = {
-    "ab": ["[ab]", "[^a]", "[^b-z]", r"\w", r"[\w\d]", ".", "(?i:A)", "[a-c]", "(?s:.)", r"[^\W]"],
+    "ab": ["[ab]", "[^a]", "[^b-z]", r"\w", r"[\w\d]", ".", "(?i:A)", "[a-b]", "(?s:.)", r"[^\W]"],
     "01": ["[01]", "[^0]", r"\d", r"[^\D]", ".", r"\x30", r"[\x30-\x31]", r"\w"],
     "bytes": [r"\W", r"\w", r"\D", r"\s", r"\S", ".", "[^a]", r"[^\n]", r"[\x80-\xff]", "[A-Z_]", "[Z-b]", r"[^\s\w]"]
     + [r"\x00", r"\n", "[^B1]", r"\377", "(?i:[a-k])", "(?i:[^b])", "(?s:.)", "(?s-i:.B)", r"[\w-]", "[]^]", r"\."],
@@ -330,6 +330,10 @@ def test_the_caret_counts_names_as_they_are_written():
     [
         ("ac", "ab", "'c' in the regex is no letter; the letters are a, b"),
         ("[ac]", "ab", "'c' in the regex is no letter"),
+        ("a|b|c", "ab", "'c' in the regex is no letter"),
+        ("[a-c]", "ab", r"'c' in the regex \(a-c\) is no letter; the letters are a, b"),
+        (r"[\w0-9]*", "01", r"'2' in the regex \(0-9\) is no letter"),
+        ("(?i:[A-Ca])", "ab", r"'C' in the regex \(A-C\) is no letter"),
         ("<up><left>", ["up", "down"], "<left> is no letter; the letters are up, down at position 4"),
         ("a", "", "alphabet must be"),
         ("a", "aa", "alphabet must be"),
@@ -344,7 +348,8 @@ def test_alphabets_that_do_not_fit(pattern: str, alphabet: Any, message: str):
 
 
 def test_a_negated_class_may_name_what_is_no_letter():
-    assert regex("[^c]*[a-z]", alphabet="ab") == regex(".*.", alphabet="ab")
+    assert regex(r"[^c]*[^d-z][^e]\w\D", alphabet="ab") == regex(".*.{4}", alphabet="ab")
+    assert regex("(?i:[A-B])*", alphabet="ab") == regex("[ab]*", alphabet="ab")
 
 
 @pytest.mark.parametrize("flags", ["m", "L", "u", "g"])

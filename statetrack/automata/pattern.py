@@ -96,14 +96,25 @@ class Spelling:
             negated = value[0][0].name == "NEGATE"
             matches = self._part if negated else self.matches
             return np.logical_or.reduce([matches(part.name, av, flags) for part, av in value[negated:]]) ^ negated
-        found = self._part(op, value, flags)
-        if op == "LITERAL" and not found.any():
-            letters = ", ".join(self.names or ())
-            raise UsageError(f"{self.write(chr(value))!r} in the regex is no letter; the letters are {letters:.80}")
-        return found
+        if op != "CATEGORY":
+            self._check_letters(*(value if op == "RANGE" else (value, value)), flags)
+        return self._part(op, value, flags)
+
+    def _check_letters(self, low: int, high: int, flags: int) -> None:
+        """Refuse characters low..high that are not all letters (with flag i, in one case or the other)."""
+        for code in range(low, high + 1):
+            if code not in self._letters and not self._among(code, code, flags).any():
+                what = self.write(chr(code))
+                within = f" ({self.write(chr(low))}-{self.write(chr(high))})" if low < high else ""
+                letters = ", ".join(self.names or ())
+                raise UsageError(f"{what!r} in the regex{within} is no letter; the letters are {letters:.80}")
+
+    @cached_property
+    def _letters(self) -> frozenset[int]:
+        return frozenset(self.codes.tolist())
 
     def _part(self, op: str, value: Any, flags: int) -> Bool[np.ndarray, "L"]:
-        """Which letters one item of a class matches; a literal may match none."""
+        """Which letters one item of a class matches; characters that are no letters match none."""
         if op == "CATEGORY":
             name = value.name.removeprefix("CATEGORY_")
             kind = name.removeprefix("NOT_")

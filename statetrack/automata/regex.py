@@ -53,7 +53,8 @@ def regex(pattern: str, *, alphabet: str | Sequence[str] = "bytes", flags: str =
     `.`, `\W` and negated classes range over the letters only. flags: of "i", "s", "x", also inline: (?i), (?s:...).
 
     Classes such as \w and flag i are ASCII, as with `re.ASCII`. Raises UsageError for a syntax error (with its place),
-    for what is not regular or not supported, and for patterns that grow too large.
+    for a character that is no letter, also in a range, for what is not regular or not supported, and for patterns that
+    grow too large.
     """
     spelling = Spelling.of(alphabet)
     text = spelling.read(pattern)
