@@ -97,7 +97,8 @@ class Spelling:
             matches = self._part if negated else self.matches
             return np.logical_or.reduce([matches(part.name, av, flags) for part, av in value[negated:]]) ^ negated
         if op != "CATEGORY":
-            self._check_letters(*(value if op == "RANGE" else (value, value)), flags)
+            low, high = value if op == "RANGE" else (value, value)
+            self._check_letters(low, high, flags)
         return self._part(op, value, flags)
 
     def _check_letters(self, low: int, high: int, flags: int) -> None:
