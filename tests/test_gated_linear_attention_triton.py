@@ -128,6 +128,17 @@ def test_gradient_to_a_decay_is_that_of_the_definition(decay):
         torch.testing.assert_close(got[here].double(), want[here], rtol=0, atol=8e-6)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("exponents", [(0, 16), (30, 38), (38, 42), (60, 130)], ids=str)
+def test_small_decays(exponents, dtype):
+    """Decays of 2^-n, n between two exponents: gradients by a quotient, without one, and some of both."""
+    x = draw(T=80, heads=(1, 3), dtype=dtype)
+    n = torch.rand(x["decay"].shape, generator=torch.Generator().manual_seed(1)) * (exponents[1] - exponents[0])
+    small = torch.exp2(-(n + exponents[0])).to(DEVICE) * x["decay"].sign()
+    x["decay"] = torch.where((torch.arange(80) % 3 == 0)[:, None].to(DEVICE), small, x["decay"])
+    check(x)
+
+
 @both_decays
 def test_a_decay_of_zero_is_a_reset_to_the_last_bit(decay):
     x = draw(T=130, decay=decay)

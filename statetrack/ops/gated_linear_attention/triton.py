@@ -22,7 +22,13 @@ import triton
 from torch import Tensor
 
 from statetrack.errors import UsageError
-from statetrack.ops.gated_linear_attention.triton_head import decay_head, gather_head, prepare_head
+from statetrack.ops.gated_linear_attention.triton_head import (
+    decay_head,
+    gather_head,
+    pairs_head,
+    prepare_head,
+    scores_head,
+)
 from statetrack.ops.gated_linear_attention.triton_key import gather_key, prepare_key
 from statetrack.ops.gated_linear_attention.triton_walk import FACTORS, step, walk, walk_back
 from statetrack.ops.layout import chunk_tables
@@ -32,8 +38,8 @@ RANGE_BYTES = 2**27  # of the states at the starts of a range's chunks
 MIN_RANGE = 8  # chunks
 FULL_GPU = 256  # programs of `walk` that keep a GPU busy
 MIN_SEGMENT = 16  # chunks
-HEADS = 16  # that one program of `prepare_head` takes
-GATHERERS = 512  # programs of `gather_head` that keep a GPU busy
+HEADS = 16  # that one program of `prepare_head` or `decay_head` takes
+GATHERERS = 512  # programs of `pairs_head` that keep a GPU busy
 
 
 def gated_linear_attention_triton(
@@ -78,6 +84,11 @@ class _Plan:
         if not self.varlen:
             chunk_bytes = self.S * self.HV * self.K * self.V * self.low.itemsize
             self.every = max(1, min(self.most, max(MIN_RANGE, RANGE_BYTES // max(1, chunk_bytes))))
+        self.parts = 1  # among how many programs the value heads of a key head are split
+        while self.pairs(0, min(self.every, self.most)) * self.HK * self.parts < GATHERERS and (
+            self.HV // self.HK % (2 * self.parts) == 0
+        ):
+            self.parts *= 2
         rows = not self.varlen and self.T % CHUNK == 0
 
         def full(columns: int) -> int:
@@ -88,12 +99,13 @@ class _Plan:
             "BK": BK, "BV": BV, "KEY": self.key, "FULL": full(BV),
             "STAGES": 1 if exact or BK == 256 else 2, "num_warps": 8 if BK == 256 or (exact and BK > 64) else 4,
         }  # fmt: skip
-        columns = min(BV, 16 if BK == 256 and exact else 32 if BK == 256 or exact else 64)
-        self.head = {
-            "BK": BK, "BV": columns, "NV": triton.cdiv(self.V, columns), "FULL": full(columns),
-            "STAGES": 1 if exact or BK == 256 else 2, "num_warps": 8 if BK > 32 else 4,
-        }  # fmt: skip
-        self.decay = {"BK": BK, "BV": columns, "NV": self.head["NV"], "num_warps": 8 if exact and BK > 64 else 4}
+        channels = min(BK, 32 if exact else 64)
+        columns = min(BV, 32 if exact else 64)
+        inner = {"BV": columns, "NV": triton.cdiv(self.V, columns), "num_warps": 4}
+        self.scores = {"BK": channels, "NK": triton.cdiv(self.K, channels), "num_warps": 4}
+        self.pairs_head = self.scores | inner | {"FULL": full(columns), "STAGES": 1 if exact else 2}
+        self.gather_head = inner | {"BK": channels, "FULL": full(columns), "STAGES": 1 if exact else 2}
+        self.decay_head = self.scores | inner | {"NE": self.scores["NK"], "BH": HEADS}
         columns = max(16, min(64 if exact else 128, triton.next_power_of_2(self.V)))
         self.tree = {"BK": min(BK, 32), "BV": columns, "NV": triton.cdiv(self.V, columns), "num_warps": 8}
         columns = min(BK, 64 if exact else 128)
@@ -107,22 +119,29 @@ class _Plan:
         """Return how many (sequence, chunk) pairs the chunks [low, high) of every sequence are (all of packed ones)."""
         return self.slots.shape[0] if self.slots is not None else self.S * (high - low)
 
-    def prepare(self, q: Tensor, k: Tensor, decay: Tensor, low: int, high: int) -> dict[str, Tensor]:
-        """Return what `walk` takes for the chunks [low, high): q, k, k_lo, G, P."""
+    def prepare(
+        self, q: Tensor, k: Tensor, decay: Tensor, low: int, high: int, scores: bool = True
+    ) -> dict[str, Tensor]:
+        """Return what the walks take for the chunks [low, high): q, k, k_lo, G, and P if its scores are wanted."""
         pairs = self.pairs(low, high)
         new = decay.new_empty
+        P = new((pairs, self.HV, CHUNK, CHUNK) if scores or self.key else (0,), dtype=self.low)
         if not self.key:
             G = new((pairs, self.HV, FACTORS.value, CHUNK), dtype=torch.float32)
             prepare_head[(pairs, triton.cdiv(self.HV, HEADS))](
                 decay, G, self.starts, self.slots, self.T, low, high - low, self.HV,
                 C=CHUNK, BH=HEADS, VARLEN=self.varlen, num_warps=4,
             )  # fmt: skip
-            return {"q": q, "k": k, "k_lo": k, "G": G, "P": G}
+            if scores:
+                scores_head[(pairs * self.HK * self.parts,)](
+                    q, k, G, P, self.starts, self.slots, self.T, low, high - low, self.HK, self.HV, self.K,
+                    self.HV // self.HK // self.parts, self.parts, **self.common, **self.scores,
+                )  # fmt: skip
+            return {"q": q, "k": k, "k_lo": k, "G": G, "P": P}
         tiles = (pairs, self.HV, CHUNK, self.K)
         work = {name: new(tiles, dtype=self.low) for name in ("q", "k")}
         work["k_lo"] = work["k"] if self.common["EXACT"] else new(tiles, dtype=self.low)
-        work["G"] = new((pairs, self.HV, self.K), dtype=torch.float32)
-        work["P"] = new((pairs, self.HV, CHUNK, CHUNK), dtype=self.low)
+        work |= {"G": new((pairs, self.HV, self.K), dtype=torch.float32), "P": P}
         prepare_key[(pairs * self.HV,)](
             q, k, decay, *work.values(), self.starts, self.slots,
             self.T, low, high - low, self.HK, self.HV, self.K, **self.common, **self.blocks,
@@ -132,13 +151,6 @@ class _Plan:
     def grid(self) -> tuple[int, int]:
         """Return the grid of the two walks."""
         return self.S * self.HV, triton.cdiv(self.V, self.walk["BV"])
-
-    def parts(self) -> int:
-        """Return among how many programs `gather_head` splits the value heads of a key head."""
-        programs, parts = self.pairs(0, min(self.every, self.most)) * self.HK, 1
-        while programs * parts < GATHERERS and self.HV // self.HK % (2 * parts) == 0:
-            parts *= 2
-        return parts
 
 
 def value_columns(V: int, BK: int, exact: bool) -> int:
@@ -173,7 +185,7 @@ def _forward(
     if plan.segments > 1:
         c = initial.new_zeros(plan.S, plan.HV, plan.K, plan.V)
         for chunks in plan.ranges():
-            c = _walk(plan, plan.prepare(q, k, decay, *chunks), v, scale, c, chunks)
+            c = _walk(plan, plan.prepare(q, k, decay, *chunks, scores=False), v, scale, c, chunks)
         initial = _compose(decay, c, initial, plan.segments, adjoint=False)
     state = initial
     for at, chunks in enumerate(plan.ranges()):
@@ -263,12 +275,12 @@ def _backward(
     dv, d_decay = torch.empty_like(v), torch.empty(decay.shape, device=decay.device)
     if plan.most == 0:
         return torch.zeros_like(q), torch.zeros_like(k), dv, d_decay.to(decay.dtype), d_state.clone()
-    parts = plan.HV // plan.HK if plan.key else plan.parts()  # summed afterwards
+    parts = plan.HV // plan.HK if plan.key else plan.parts  # summed afterwards
     dq, dk = (q.new_empty(parts, *q.shape, dtype=torch.float32 if parts > 1 else q.dtype) for _ in range(2))
     if plan.segments > 1:
         c = d_state.new_zeros(plan.S, plan.HV, plan.K, plan.V)
         for chunks in reversed(plan.ranges()):
-            c = _walk_back(plan, plan.prepare(q, k, decay, *chunks), d_out, scale, c, chunks)
+            c = _walk_back(plan, plan.prepare(q, k, decay, *chunks, scores=False), d_out, scale, c, chunks)
         d_state = _compose(decay, c, d_state, plan.segments, adjoint=True)
     for low, high in reversed(plan.ranges()):
         work = plan.prepare(q, k, decay, low, high)
@@ -282,13 +294,20 @@ def _backward(
                 q, k, v, decay, d_out, states, d_states, dq, dk, d_decay, *where, q.numel(), **plan.common, **plan.tree,
             )  # fmt: skip
         else:
-            edges = work["G"].new_empty(pairs, plan.HV, 3, CHUNK)
-            gather_head[(pairs * plan.HK * parts,)](
-                q, k, v, d_out, work["G"], states, d_states, dq, dk, edges, *where,
-                plan.HV // plan.HK // parts, parts, q.numel(), **plan.common, **plan.head,
+            groups, spread = (plan.HV // plan.HK // parts, parts), pairs * plan.HK * parts
+            shared = v.new_empty(spread, CHUNK, CHUNK, dtype=plan.low)
+            edges = d_decay.new_empty(plan.decay_head["NE"], pairs, plan.HV, 3, CHUNK)
+            crossing = d_decay.new_empty(pairs, plan.HV, CHUNK)
+            pairs_head[(spread,)](
+                q, k, v, d_out, work["G"], shared, crossing, *where, *groups, **plan.common, **plan.pairs_head
+            )
+            gather_head[(spread, plan.decay_head["NE"])](
+                q, k, v, d_out, work["G"], states, d_states, shared, dq, dk, edges, *where,
+                *groups, q.numel(), edges[0].numel(), **plan.common, **plan.gather_head,
             )  # fmt: skip
-            decay_head[(pairs * plan.HV,)](
-                q, k, v, d_out, work["G"], edges, d_decay, *where, **plan.common, **plan.decay,
+            decay_head[(pairs, triton.cdiv(plan.HV, HEADS))](
+                q, k, v, d_out, decay, work["G"], edges, crossing, d_decay, *where,
+                edges[0].numel(), **plan.common, **plan.decay_head,
             )  # fmt: skip
     dq, dk = (x.sum(0).to(q.dtype) if parts > 1 else x[0] for x in (dq, dk))
     return dq, dk, dv, d_decay.to(decay.dtype), d_state.unflatten(0, (-1, plan.segments))[:, 0].contiguous()

@@ -9,11 +9,10 @@ and `walk_back` its adjoint,
 
     dv_j = end_j k_j dS + scale sum_{i >= j} P_ij dO_i,   dS <- total dS + scale sum_i (start_i q_i)^T dO_i
 
-What decays multiply is made before:
+What decays multiply is made before, P as a tile per chunk and head:
 
-- one decay per head (KEY false): `prepare_head` leaves start, end, and the running log2|decay| (two terms) with its
-  sign, from which P = (q k^T) L is made here, L_ij = sign_i sign_j 2^(g_i - g_j);
-- one per key channel (KEY): `prepare_key` leaves start q, end k (two terms) and P itself, a tile per chunk and head.
+- one decay per head (KEY false): `prepare_head` leaves start and end, and what `scores_head` makes P from;
+- one per key channel (KEY): `prepare_key` leaves start q, end k (two terms) and P.
 
 The state is never an operand of its own update, so only what is written to it takes two bf16 terms; the sum is added to
 the state in float32, rounded to nearest, for the tensor cores truncate.
@@ -67,23 +66,6 @@ def put(p, x, rows, columns, FULL: tl.constexpr):
 
 
 @triton.jit
-def signed_power(hi, lo, sign, from_hi, from_lo, from_sign, wanted):
-    """Return the products of the decays after `from` up to here, where wanted, else 0."""
-    power = tl.exp2(tl.where(wanted, (hi - from_hi) + (lo - from_lo), 0.0))
-    return tl.where(wanted, power * (sign * from_sign), 0.0)
-
-
-@triton.jit
-def decays(G, slot, wanted, C: tl.constexpr):
-    """Return L_ij [C C] of one chunk and head where wanted, else 0."""
-    i = tl.arange(0, C)
-    hi = factor(G, slot, HIGH, i, C)
-    lo = factor(G, slot, LOW, i, C)
-    sign = factor(G, slot, SIGN, i, C)
-    return signed_power(hi[:, None], lo[:, None], sign[:, None], hi[None, :], lo[None, :], sign[None, :], wanted)
-
-
-@triton.jit
 def walk(
     q, k, k_lo, v, G, P, initial, o, final, states, starts, bases,
     T, c_lo, c_hi, scale, HK, HV, K, V,
@@ -108,7 +90,6 @@ def walk(
     STATE_FULL: tl.constexpr = 2 if FULL > 0 else 0
     flat = e[:, None] * K + d[None, :]  # [BV BK] of a [V K] state
     turned = d[None, :] * V + e[:, None]  # of a [K V] state
-    see = i[:, None] >= i[None, :]  # [i j]
     token, _ = span(s, 0, starts, T, C, VARLEN)
     total, base, last = stretch(s, starts, bases, T, c_lo, c_hi, C, VARLEN)
     S = tl.load(initial + sh.to(tl.int64) * K * V + turned, mask=inside, other=0.0)
@@ -129,12 +110,9 @@ def walk(
             put(states + slot * K * V + flat, S, in_v[:, None], in_k[None, :], STATE_FULL)
         if OUTPUT:
             OT = dot(S.to(vt.dtype), tl.trans(qt), EXACT)
-            if KEY:
-                PT = tl.load(P + slot * C * C + (i[None, :] * C + i[:, None]))
-            else:
+            if not KEY:
                 OT *= factor(G, slot, START, i, C)[None, :]
-                PT = dot(kt, tl.trans(qt), EXACT) * tl.trans(decays(G, slot, see, C))
-            OT = dot_add(vt, PT.to(vt.dtype), OT, EXACT)
+            OT = dot_add(vt, tl.load(P + slot * C * C + (i[None, :] * C + i[:, None])), OT, EXACT)
             put(o + at, OT * scale, rows[None, :], in_v[:, None], FULL)
         if KEY:
             S *= tl.load(G + slot * K + d, mask=in_k, other=0.0)[None, :]
@@ -174,7 +152,6 @@ def walk_back(
     STATE_FULL: tl.constexpr = 2 if FULL > 0 else 0
     flat = e[:, None] * K + d[None, :]
     turned = d[None, :] * V + e[:, None]
-    see = i[:, None] >= i[None, :]  # [i j]
     token, _ = span(s, 0, starts, T, C, VARLEN)
     total, base, last = stretch(s, starts, bases, T, c_lo, c_hi, C, VARLEN)
     D = tl.load(d_final + sh.to(tl.int64) * K * V + turned, mask=inside, other=0.0)
@@ -194,12 +171,9 @@ def walk_back(
             kt = operand(fetch(k + tile, rows[:, None], in_k[None, :], FULL), EXACT)
             put(d_states + slot * K * V + flat, D, in_v[:, None], in_k[None, :], STATE_FULL)
             W = dot(D.to(kt.dtype), tl.trans(kt), EXACT)
-            if KEY:
-                scores = tl.load(P + slot * C * C + (i[:, None] * C + i[None, :])).to(tl.float32)
-            else:
+            if not KEY:
                 W *= factor(G, slot, END, i, C)[None, :]
-                scores = dot(qt, tl.trans(kt), EXACT) * decays(G, slot, see, C)
-            W = dot_add(do, (scores * scale).to(do.dtype), W, EXACT)
+            W += dot(do, tl.load(P + slot * C * C + (i[:, None] * C + i[None, :])), EXACT) * scale
             put(dv + at, W, rows[None, :], in_v[:, None], FULL)
         if KEY:
             D *= tl.load(G + slot * K + d, mask=in_k, other=0.0)[None, :]
