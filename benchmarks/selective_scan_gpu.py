@@ -1,7 +1,7 @@
 """The selective scan on one GPU: ours beside mamba-ssm's CUDA kernels, interleaved in one run.
 
     python benchmarks/selective_scan_gpu.py [--out FILE.md] [--only long ..] [--mamba DIR] [--no-gate]
-        [--variant KEEPING=16,2,1,4,8;FULL_GPU=1 ..] [--variants] [--profile]
+        [--variant FORWARD=8,1,4,4;FULL_GPU=1 ..] [--variants] [--profile]
 
 Needs a CUDA device and Triton. With DIR, mamba-ssm's unpacked source (pip download --no-deps --no-binary :all:
 mamba-ssm), its csrc/selective_scan is built for this card alone, which takes two minutes and needs nvcc and ninja.
@@ -13,7 +13,7 @@ included; the error is the largest of y and the gradients to u, dt and z, relati
 in float32 (512 channels of one sequence).
 
 A variant is a row of its own: constants of `ops/selective_scan/triton.py` set otherwise, a number, or a schedule for
-this shape as TOK,CH,WD,LT,DL,REGS,AHEAD (see there). --variants takes a list of likely ones.
+this shape as TOK,CH,K,WARPS,REGS,SUB (see there). --variants takes a list of likely ones.
 """
 
 from __future__ import annotations
@@ -35,34 +35,18 @@ CLOCK = 1.98e9  # Hz, an H200 at work
 SHAPES = {"batch": (8, 4096, 4096, 16), "long": (1, 32768, 4096, 16)}  # B, T, D, M
 VARIANTS = {
     "batch": [
-        "FORWARD=16,2,1,1,32,0,1",
-        "FORWARD=16,2,1,4,8",
-        "FORWARD=16,2,1,4,8,0,1",
-        "FORWARD=16,2,1,2,16,0,1",
-        "FORWARD=16,2,4,4,8",
-        "FORWARD=8,2,1,4,8",
-        "FORWARD=8,2,1,4,8,0,1",
-        "FORWARD=16,1,1,1,32",
-        "FORWARD=16,1,1,2,16",
-        "FORWARD=8,2,1,2,16",
-        "KEEPING=16,2,1,1,32;BACKWARD=8,2,4,4,8,168",
-        "KEEPING=16,2,1,1,32;BACKWARD=4,2,4,4,8",
-        "KEEPING=8,2,1,4,8;BACKWARD=8,2,2,4,8",
-        "KEEPING=8,2,1,4,8;BACKWARD=8,2,8,4,8",
-        "KEEPING=16,2,1,1,32;BACKWARD=4,4,4,4,8",
-        "KEEPING=16,2,1,1,32;BACKWARD=8,1,4,4,8",
-        "KEEPING=16,2,1,1,32;BACKWARD=8,2,4,2,16",
+        "FORWARD=8,1,4,4;BACKWARD=4,1,4,4,128,8",
+        "FORWARD=8,1,8,4;BACKWARD=4,2,4,4,0,8",
+        "FORWARD=4,1,16,4;BACKWARD=4,1,4,8,128,8",
+        "FORWARD=8,2,4,2;BACKWARD=4,1,4,4,168,16",
+        "FORWARD=4,1,4,4;BACKWARD=4,1,4,4,96,8",
     ],
     "long": [
-        "FORWARD=16,2,1,16,8,0,1",
-        "FORWARD=8,2,1,16,8",
-        "FORWARD=8,2,1,32,8",
-        "FORWARD=16,2,1,32,4",
-        "FORWARD=16,2,1,8,8",
-        "KEEPING=8,2,1,16,8;BACKWARD=8,2,1,16,8",
-        "KEEPING=8,2,1,16,8;BACKWARD=8,2,2,16,8,168",
-        "KEEPING=8,2,1,8,8;BACKWARD=8,2,4,8,8",
-        "FORWARD=16,2,1,1,32;KEEPING=16,2,1,1,32;BACKWARD=8,2,4,4,8",
+        "FORWARD=8,1,2,4;BACKWARD=8,1,2,4,128,4;FULL_GPU=1000",
+        "FORWARD=8,1,4,4;BACKWARD=4,1,4,4,128,8;FULL_GPU=1000",
+        "FORWARD=8,1,4,4;BACKWARD=4,1,4,4,128,8",
+        "FULL_GPU=1000",
+        "FORWARD=16,1,1,4;BACKWARD=8,1,2,4,168,4",
     ],
 }
 

@@ -1,13 +1,14 @@
 """The selective scan on a GPU: launches of the Triton kernels, registered with torch.library.
 
-Forward: `pack` (B and C of every tile in the order in which threads read them), then `forward`, one walk over the
-tokens, which keeps the state before every tile of the backward if there will be one. Backward: `pack`, then `backward`,
-one walk back that runs the states again tile by tile, and `unpack`, the sum of what blocks of channels gave to dB and
-dC, in a fixed order. One token without gradients is one kernel, `step`.
+Forward: `pack` (B and C in the order in which threads read them), then `forward`, one walk over the tokens, which
+keeps the state before every tile of the backward if there will be one. Backward: `pack`, then `backward`, one walk back
+that runs the states again tile by tile, and `unpack`, the sum of what blocks of channels gave to dB and dC, in a fixed
+order.
+One token without gradients is one kernel, `step`.
 
-With fewer channels, more threads share a tile; with very few, the sequences are also cut into segments, which are
-walked side by side twice: from a zero state (giving c, and the product P of the eigenvalues), and, once h <- P h + c
-has been taken over the segments in float64, from their true initial states. The adjoint likewise.
+With few channels the sequences are also cut into segments, which are walked side by side twice: from a zero state
+(giving c, and the product P of the eigenvalues), and, once h <- P h + c has been taken over the segments in float64,
+from their true initial states. The adjoint likewise.
 
 Letters: B batch, T tokens, S sequences, D channels, M states per channel.
 """
@@ -26,52 +27,48 @@ from torch import Tensor
 
 from statetrack.errors import UsageError
 from statetrack.ops.layout import chunk_tables
-from statetrack.ops.selective_scan.triton_backward import backward
-from statetrack.ops.selective_scan.triton_kernels import forward, pack, step, unpack
+from statetrack.ops.selective_scan.triton_backward import adjoint, backward, unpack
+from statetrack.ops.selective_scan.triton_forward import forward, pack
+from statetrack.ops.selective_scan.triton_kernels import step
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many tokens and channels a thread takes, how the threads of a program lie (see triton_kernels.py).
+    """How many tokens, channels and states a thread takes (see triton_forward.py), and the warps of a program.
 
-    REGS limits a thread's registers, so that more threads fit; 0 does not. AHEAD is of the forward alone.
+    A thread takes more states where a warp would not hold them. REGS limits a thread's
+    registers, so that more threads fit; 0 does not. SUB, of the backward alone: how many times TOK tokens lie between
+    kept states.
     """
 
     TOK: int
     CH: int
-    WD: int
-    LT: int
-    DL: int
+    K: int
+    WARPS: int
     REGS: int = 0
-    AHEAD: int = 0
+    SUB: int = 1
 
     @property
     def tile(self) -> int:
         """Tokens of a tile."""
-        return self.TOK * self.LT
+        return self.TOK * self.SUB
 
-    @property
-    def channels(self) -> int:
-        """Channels of a program."""
-        return self.WD * self.CH * self.DL
+    def threads(self, M: int) -> dict[str, int]:
+        """Return the kernels' parameters for M states."""
+        every = triton.next_power_of_2(M)
+        K = min(every, max(self.K, every // 32))
+        return {"TOK": self.TOK, "CH": self.CH, "K": K, "G": every // K, "N": 32 * self.WARPS}
 
-    @property
-    def warps(self) -> int:
-        """Warps of a program."""
-        return self.WD * self.LT * self.DL // 32
-
-    def programs(self, S: int, D: int) -> int:
-        """Programs that S sequences of D channels take."""
-        return S * -(-D // self.channels)
+    def blocks(self, D: int, M: int) -> int:
+        """Programs that D channels take."""
+        return -(-D // (32 * self.WARPS // self.threads(M)["G"] * self.CH))
 
 
-# More threads share a tile from one to the next. A backward's tile is a multiple of the forward's that keeps states.
-FORWARD = [Schedule(16, 2, 1, 1, 32, 0, 1), Schedule(16, 2, 1, 4, 8), Schedule(16, 2, 1, 16, 8)]
-KEEPING = [Schedule(16, 2, 1, 1, 32), Schedule(8, 2, 1, 4, 8), Schedule(8, 2, 1, 16, 8)]
-BACKWARD = [Schedule(8, 2, 4, 4, 8), Schedule(8, 2, 4, 4, 8), Schedule(8, 2, 2, 16, 8)]
-FULL_GPU = 480  # warps that keep a GPU busy
+FORWARD = [Schedule(8, 2, 4, 4), Schedule(8, 1, 2, 4)]  # many channels, few
+BACKWARD = [Schedule(4, 2, 4, 4, 168, 8), Schedule(8, 1, 2, 4, 168, 4)]  # a tile is a multiple of the forward's TOK
+FULL_GPU = 2000  # warps that keep a GPU busy
 MIN_SEGMENT = 1024  # tokens
-UNPACKED = 2048  # values of dB and dC that one program of `unpack` sums
+PACKED = 4096  # values that one program of `pack` or `unpack` takes
 
 
 def selective_scan_triton(
@@ -102,56 +99,60 @@ class _Plan:
 
     def __init__(self, u: Tensor, M: int, packed: list[int], keep: bool):
         (B, T, self.D), self.M = u.shape, M
-        self.varlen, self.segments, self.packed = len(packed) > 0, 1, tuple(packed)
-        self.S, self.T, self.device = len(packed) if self.varlen else B, T, u.device
-        self.size = next((i for i, x in enumerate(FORWARD) if self._warps(x) >= FULL_GPU), len(FORWARD) - 1)
-        self.forward = (KEEPING if keep else FORWARD)[self.size]
-        self.backward = BACKWARD[self.size]
+        self.varlen, self.packed = len(packed) > 0, tuple(packed)
+        self.S, self.T, self.device, self.rows = len(packed) if self.varlen else B, T, u.device, B * T
+        for size in range(len(FORWARD)):
+            self.size, self.forward, self.backward = size, FORWARD[size], BACKWARD[size]
+            warps = self.programs(self.forward) * self.forward.WARPS
+            self.segments = 1 if self.varlen else segments(warps, T, self.backward.tile)
+            if warps * self.segments >= FULL_GPU:
+                break
         self.every = self.backward.tile // self.forward.tile if keep else 1
         if not self.varlen:
-            tile = math.lcm(self.forward.tile, self.backward.tile)
-            self.segments = segments(self._warps(self.forward), T, tile)
             self.S, self.T = B * self.segments, T // self.segments
 
-    def _warps(self, schedule: Schedule) -> int:
-        return schedule.programs(self.S, self.D) * schedule.warps
+    def programs(self, schedule: Schedule) -> int:
+        """Return how many programs walk."""
+        return self.S * schedule.blocks(self.D, self.M)
 
-    def slots(self, schedule: Schedule) -> int:
-        """Return how many (sequence, tile) pairs there are."""
+    def slots(self) -> int:
+        """Return how many (sequence, tile of the backward) pairs there are."""
         lengths = self.packed or [self.T] * self.S
-        return sum(-(-length // schedule.tile) for length in lengths)
+        return sum(-(-length // self.backward.tile) for length in lengths)
 
-    def tables(self, schedule: Schedule) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return what `layout.chunk_tables` does, for packed sequences."""
-        return chunk_tables(self.packed, schedule.tile, self.device) if self.varlen else (None, None, None)
+    def tables(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return packed sequences' offsets, and each one's first slot."""
+        if not self.varlen:
+            return None, None
+        starts, _, bases = chunk_tables(self.packed, self.backward.tile, self.device)
+        return starts, bases
 
     def options(self, schedule: Schedule, hi: float) -> dict:
-        """Return the compile-time choices of `forward` or `backward`."""
-        full = not self.varlen and self.T % schedule.tile == 0 and self.D % schedule.channels == 0
-        threads = {"TOK": schedule.TOK, "CH": schedule.CH, "WD": schedule.WD, "LT": schedule.LT, "DL": schedule.DL}
+        """Return the compile-time choices of a walk."""
+        threads = schedule.threads(self.M)
+        channels = threads["N"] // threads["G"] * schedule.CH
+        full = not self.varlen and self.T % schedule.tile == 0 and self.D % channels == 0
         limit = {"maxnreg": schedule.REGS} if schedule.REGS else {}
-        return threads | limit | {"WHOLE": hi == 1, "FULL": full, "VARLEN": self.varlen, "num_warps": schedule.warps}
+        rest = {"WHOLE": hi == 1, "FULL": full, "VARLEN": self.varlen, "num_warps": schedule.WARPS}
+        return {"D": self.D} | threads | limit | rest
 
     def pack(self, schedule: Schedule, B: Tensor, C: Tensor) -> Tensor:
-        """Return B and C of every tile."""
-        slots, columns = self.slots(schedule), min(16, triton.next_power_of_2(self.M))
-        out = torch.empty(slots, self.M, schedule.tile, dtype=torch.int64, device=self.device)
-        starts, pairs, _ = self.tables(schedule)
-        pack[(slots, triton.cdiv(self.M, columns))](
-            B, C, out.view(torch.float32), starts, pairs, self.T, -(-self.T // schedule.tile), self.M,
-            TOK=schedule.TOK, LT=schedule.LT, BM=columns, VARLEN=self.varlen, num_warps=4,
-        )  # fmt: skip
+        """Return B and C as the walks of this schedule read them."""
+        grid, sizes, width = self._packing(schedule)
+        out = torch.empty(self.rows, width, dtype=torch.float32, device=self.device)
+        pack[grid](B, C, out, self.rows, self.M, **sizes)
         return out
 
     def unpack(self, parts: Tensor, dB: Tensor, dC: Tensor) -> None:
         """Sum the blocks' parts into dB and dC."""
-        tile = self.backward.tile
-        columns = min(triton.next_power_of_2(self.M), max(1, UNPACKED // (2 * tile)))
-        starts, pairs, _ = self.tables(self.backward)
-        unpack[(parts.shape[1], triton.cdiv(self.M, columns))](
-            parts, dB, dC, starts, pairs, self.T, -(-self.T // tile), self.M, parts.shape[0], parts[0].numel(),
-            TT=tile, BM=columns, VARLEN=self.varlen, num_warps=4,
-        )  # fmt: skip
+        grid, sizes, _ = self._packing(self.backward)
+        unpack[grid](parts, dB, dC, self.rows, self.M, parts.shape[0], parts[0].numel(), **sizes)
+
+    def _packing(self, schedule: Schedule) -> tuple[tuple[int], dict[str, int], int]:
+        threads = schedule.threads(self.M)
+        width = 2 * threads["G"] * threads["K"]
+        BT = max(1, PACKED // width)
+        return (-(-self.rows // BT),), {"G": threads["G"], "K": threads["K"], "BT": BT}, width
 
     def compose(self, P: Tensor, c: Tensor, first: Tensor, adjoint: bool) -> Tensor:
         """Return each segment's initial state [S M D] under h <- P h + c; from the last segment back if adjoint."""
@@ -174,12 +175,10 @@ def segments(warps: int, T: int, tile: int) -> int:
 def _walk(plan: _Plan, u, dt, z, rates, BC, skip, state, lo, hi, y=None, saved=None) -> Tensor | None:
     """Launch `forward`; without y, return the product of the eigenvalues."""
     chosen = plan.forward
-    product = torch.ones_like(state) if y is None else None
-    starts, _, bases = plan.tables(chosen)
-    forward[(chosen.programs(plan.S, plan.D),)](
-        u, dt, z, rates, BC, skip, y, state, product, saved, starts, bases, plan.tables(plan.backward)[2],
-        plan.T, -(-plan.T // chosen.tile), plan.D, plan.M, plan.every, lo, hi - lo,
-        AHEAD=chosen.AHEAD == 1, OUTPUT=y is not None, SAVE=saved is not None, **plan.options(chosen, hi),
+    product = torch.empty_like(state) if y is None else None
+    forward[(plan.programs(chosen),)](
+        u, dt, z, rates, BC, skip, y, state, product, saved, *plan.tables(), plan.T, plan.M, plan.every, lo, hi - lo,
+        OUTPUT=y is not None, SAVE=saved is not None, **plan.options(chosen, hi),
     )  # fmt: skip
     return product
 
@@ -226,7 +225,7 @@ def _forward(
 
 
 def _saved_shape(plan: _Plan) -> tuple[int, ...]:
-    return (plan.slots(plan.backward), plan.M, plan.D)
+    return (plan.slots(), plan.M, plan.D)
 
 
 @_forward.register_fake
@@ -258,33 +257,31 @@ def _backward(
     du, d_dt, dB, dC = (torch.empty_like(t) for t in (u, dt, B, C))
     dz = u.new_empty(0) if z is None else torch.empty_like(z)
     plan = _Plan(u, A.shape[1], packed, keep=True)
-    chosen, S, M = plan.backward, plan.S, plan.M
+    chosen, S, programs, options = plan.backward, plan.S, plan.programs(plan.backward), plan.options(plan.backward, hi)
+    values = chosen.CH * options["K"]
     d_state = _inner(d_final)
-    dA, d_skip = d_state.new_zeros(S, chosen.LT, M, plan.D), d_state.new_zeros(S, chosen.LT, plan.D)
+    dA, d_skip = torch.zeros_like(d_state), d_state.new_zeros(S, options["G"], plan.D)
     if u.numel() > 0:
-        rates, BC = _rates(A), plan.pack(chosen, B, C)
-        starts, _, bases = plan.tables(chosen)
-        sizes = plan.T, -(-plan.T // chosen.tile), plan.D, M
-        grid, options = (chosen.programs(S, plan.D),), plan.options(chosen, hi)
+        rates, BC, (starts, bases) = _rates(A), plan.pack(chosen, B, C), plan.tables()
         if plan.segments > 1:
-            c = d_state.new_zeros(S, M, plan.D)
-            P = torch.ones_like(c)
-            backward[grid](
-                u, dt, z, rates, BC, skip, dy, None, c, P, None, None, None, None, None, None, starts, bases,
-                *sizes, 0, lo, hi - lo, OUTPUT=False, **options,
-            )  # fmt: skip
+            c = d_state.new_zeros(S, plan.M, plan.D)
+            P = torch.empty_like(c)
+            adjoint[(programs,)](dt, z, rates, BC, dy, c, P, starts, plan.T, plan.M, lo, hi - lo, **options)
             d_state = plan.compose(P, c, d_state, adjoint=True)
-        parts = d_state.new_empty(-(-plan.D // chosen.channels), plan.slots(chosen), M, chosen.tile, 2)
-        backward[grid](
-            u, dt, z, rates, BC, skip, dy, saved, d_state, None, du, d_dt, dz, dA, d_skip, parts, starts, bases,
-            *sizes, parts[0].numel(), lo, hi - lo, OUTPUT=True, **options,
+            dA = torch.zeros_like(d_state)
+        parts = d_state.new_empty(chosen.blocks(plan.D, plan.M), *BC.shape)
+        scratch = d_state.new_empty(programs, chosen.SUB, values, options["N"])
+        sums = d_state.new_empty(programs, chosen.WARPS, chosen.tile, BC.shape[1])
+        backward[(programs,)](
+            u, dt, z, rates, BC, skip, dy, saved, d_state, du, d_dt, dz, dA, d_skip, parts, scratch, sums, starts,
+            bases, plan.T, plan.M, BC.numel(), lo, hi - lo, SUB=chosen.SUB, **options,
         )  # fmt: skip
         plan.unpack(parts, dB, dC)
         d_state = d_state.unflatten(0, (-1, plan.segments))[:, 0]
     else:
         dB.zero_()
         dC.zero_()
-    dA, d_skip = dA.sum((0, 1)).mT * (hi - lo), d_skip.sum((0, 1))
+    dA, d_skip = dA.sum(0).mT * (hi - lo), d_skip.sum((0, 1))
     return du, d_dt, dA.contiguous().to(A.dtype), dB, dC, d_skip.to(D.dtype), dz, d_state.mT.contiguous()
 
 
