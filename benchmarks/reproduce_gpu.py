@@ -1,11 +1,13 @@
 """Steps per second of the task trainer: op by op, compiled, as a CUDA graph; one run, and several on one device.
 
     python benchmarks/reproduce_gpu.py --out FILE.md [--cells parity S5] [--executions eager graph] [--runs 1 4]
+    python benchmarks/reproduce_gpu.py --profile --executions eager [--cells parity]
     python benchmarks/reproduce_gpu.py --device cpu --quick --executions eager compile --runs 1 2 --seconds 3
 
 The runs of a row are processes of their own (statetrack/workers.py) that begin to count together, once each has taken
 its first steps; what is counted is every step, drawing its batch included, and what was learned is not kept. Seconds to
 begin are those of the first steps: kernels compiled, the graph recorded. Memory is the largest of one run's process.
+--profile counts nothing: it lists where the time of ten steps of one run goes, on the device and on the CPU.
 """
 
 from __future__ import annotations
@@ -67,10 +69,39 @@ def count_steps(job: Job, tell: Tell) -> dict[str, float]:
     return {"steps/s": taken / passed, "begin": first, "MiB": memory}
 
 
+def profile(a: argparse.Namespace, name: str, execution: str) -> str:
+    """Return tables of the kernels and of the CPU's operations that take most of AT_ONCE steps' time."""
+    from torch.profiler import ProfilerActivity as Activity
+    from torch.profiler import profile as recording
+
+    trainer = Trainer(replace(cell_of(a, name).settings(0), device=a.device, execution=execution))
+    trainer.train_steps(AT_ONCE)
+    gpu = trainer.device.type == "cuda"
+    with recording(activities=[Activity.CPU, *([Activity.CUDA] if gpu else [])]) as recorded:
+        began = time.perf_counter()
+        trainer.train_steps(AT_ONCE)
+        passed = (time.perf_counter() - began) / AT_ONCE * 1e3
+    texts = []
+    for where, time_of in (("device", "self_device_time_total"), ("CPU", "self_cpu_time_total")):
+        events = sorted(recorded.key_averages(), key=lambda e: -getattr(e, time_of))[:20]
+        rows: Rows = [
+            {where: e.key[:70], "calls a step": e.count / AT_ONCE, "ms a step": getattr(e, time_of) / 1e3 / AT_ONCE}
+            for e in events
+            if getattr(e, time_of) > 0
+        ]
+        texts.append(table(f"{name}, {execution}: {where}, {passed:.1f} ms a step while recorded", rows))
+    return "\n".join(texts[0 if gpu else 1 :])
+
+
+def cell_of(a: argparse.Namespace, name: str) -> Cell:
+    """Return a cell of CELLS."""
+    module, cell_name = CELLS[name]
+    return next(cell for cell in module.cells(a.quick) if cell.name == cell_name)
+
+
 def measure(a: argparse.Namespace, name: str) -> Rows:
     """Return a row for each way to run a step and each number of runs."""
-    module, cell_name = CELLS[name]
-    cell = next(cell for cell in module.cells(a.quick) if cell.name == cell_name)
+    cell = cell_of(a, name)
     rows: Rows = []
     for execution in a.executions:
         for runs in a.runs:
@@ -109,12 +140,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="to count for, per row")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="the recipes' quick settings")
+    parser.add_argument("--profile", action="store_true", help="where the time of a step goes, instead of counting")
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
     where = f"{device_name(choose_device(a.device))}, torch {torch.__version__}"
     pages = [f"# Steps per second of the task trainer ({where})\n"]
     for name in a.cells:
-        pages.append(table(f"{CELLS[name][1]}{', quick settings' if a.quick else ''}", measure(a, name)))
+        if a.profile:
+            pages += [profile(a, name, execution) for execution in a.executions]
+        else:
+            pages.append(table(f"{CELLS[name][1]}{', quick settings' if a.quick else ''}", measure(a, name)))
         if a.out:
             a.out.write_text("\n".join(pages))
     print("\n".join(pages))
