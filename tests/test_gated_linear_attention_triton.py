@@ -97,13 +97,13 @@ def test_hard_at_full_width(decay, dtype):
 
 
 @both_decays
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_segments_and_ranges_equal_one_walk(decay, dtype, monkeypatch):
+@pytest.mark.parametrize("dtype, hard", [(F32, False), (BF16, False), (F32, True)], ids=str)
+def test_segments_and_ranges_equal_one_walk(decay, dtype, hard, monkeypatch):
     monkeypatch.setattr(kernels, "MIN_SEGMENT", 2)
     monkeypatch.setattr(kernels, "MIN_RANGE", 1)
     monkeypatch.setattr(kernels, "RANGE_BYTES", 1)
     assert kernels.segments(1, 512) == 4
-    check(draw(T=512, K=16, V=32, dtype=dtype, heads=(1, 2), decay=decay))
+    check(draw(T=512, K=16, V=32, dtype=dtype, heads=(1, 2), decay=decay, hard=hard))
 
 
 def test_segments_are_chosen_only_where_the_gpu_would_idle():

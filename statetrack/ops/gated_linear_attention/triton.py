@@ -5,9 +5,10 @@ decays in every chunk), then `walk` (the state and the output, chunk after chunk
 the states at the chunks' starts, `walk_back` for dv and the gradients to the states at their ends, `gather`. Saved
 between the two: the inputs, and the state before every range. One token without gradients is one kernel, `step`.
 
-Few heads and a long sequence would leave most of the GPU idle. Then the sequence is cut into segments that are walked
-side by side twice: from a zero state (giving c), and, once S <- total S + c has been taken over the segments in
-float64, from their true initial states. The adjoint likewise.
+Few heads and a long sequence would leave most of the GPU idle. Then the sequence is cut into segments. First comes what
+each makes of a zero state, c: by a walk, or, with one decay per head, by `end_of_segment`, as far back as the decays
+let anything through. Once S <- total S + c has been taken over the segments in float64, all are walked side by side
+from their true initial states. The adjoint likewise.
 
 Letters: B batch, T tokens, S sequences, C tokens per chunk, H value heads, K key dim, V value dim.
 """
@@ -30,7 +31,7 @@ from statetrack.ops.gated_linear_attention.triton_head import (
     scores_head,
 )
 from statetrack.ops.gated_linear_attention.triton_key import gather_key, prepare_key
-from statetrack.ops.gated_linear_attention.triton_walk import FACTORS, step, walk, walk_back
+from statetrack.ops.gated_linear_attention.triton_walk import FACTORS, end_of_segment, step, walk, walk_back
 from statetrack.ops.layout import chunk_tables
 
 CHUNK = 64
@@ -183,9 +184,12 @@ def _forward(
     if plan.most == 0:
         return o, initial.clone(), saved
     if plan.segments > 1:
-        c = initial.new_zeros(plan.S, plan.HV, plan.K, plan.V)
-        for chunks in plan.ranges():
-            c = _walk(plan, plan.prepare(q, k, decay, *chunks, scores=False), v, scale, c, chunks)
+        if plan.key:
+            c = initial.new_zeros(plan.S, plan.HV, plan.K, plan.V)
+            for chunks in plan.ranges():
+                c = _walk(plan, plan.prepare(q, k, decay, *chunks), v, scale, c, chunks)
+        else:
+            c = _end_of_segment(plan, q, k, decay, v, k, 1.0, back=False)
         initial = _compose(decay, c, initial, plan.segments, adjoint=False)
     state = initial
     for at, chunks in enumerate(plan.ranges()):
@@ -235,6 +239,18 @@ def _walk_back(
     return d_state
 
 
+def _end_of_segment(plan: _Plan, q, k, decay, x, y, scale: float, back: bool) -> Tensor:
+    """Return what each segment adds to the state, or `back` to its gradient, with one decay per head."""
+    G = plan.prepare(q, k, decay, 0, plan.most, scores=False)["G"]
+    out = decay.new_empty((plan.S, plan.HV, plan.K, plan.V), dtype=torch.float32)
+    options = {name: plan.walk[name] for name in ("BK", "BV", "FULL", "num_warps")}
+    end_of_segment[plan.grid()](
+        x, y, G, out, plan.T, plan.most, scale, plan.HK, plan.HV, plan.K, plan.V,
+        C=CHUNK, BACK=back, EXACT=plan.common["EXACT"], **options,
+    )  # fmt: skip
+    return out
+
+
 def _compose(decay: Tensor, c: Tensor, first: Tensor, count: int, adjoint: bool) -> Tensor:
     """Return each segment's initial state [S H K V] under S <- total S + c; from the last segment back if adjoint."""
     totals = decay.unflatten(1, (count, -1)).prod(2, dtype=torch.float64)
@@ -278,9 +294,12 @@ def _backward(
     parts = plan.HV // plan.HK if plan.key else plan.parts  # summed afterwards
     dq, dk = (q.new_empty(parts, *q.shape, dtype=torch.float32 if parts > 1 else q.dtype) for _ in range(2))
     if plan.segments > 1:
-        c = d_state.new_zeros(plan.S, plan.HV, plan.K, plan.V)
-        for chunks in reversed(plan.ranges()):
-            c = _walk_back(plan, plan.prepare(q, k, decay, *chunks, scores=False), d_out, scale, c, chunks)
+        if plan.key:
+            c = d_state.new_zeros(plan.S, plan.HV, plan.K, plan.V)
+            for chunks in reversed(plan.ranges()):
+                c = _walk_back(plan, plan.prepare(q, k, decay, *chunks), d_out, scale, c, chunks)
+        else:
+            c = _end_of_segment(plan, q, k, decay, d_out, q, scale, back=True)
         d_state = _compose(decay, c, d_state, plan.segments, adjoint=True)
     for low, high in reversed(plan.ranges()):
         work = plan.prepare(q, k, decay, low, high)

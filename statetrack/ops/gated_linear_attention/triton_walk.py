@@ -186,6 +186,43 @@ def walk_back(
 
 
 @triton.jit
+def end_of_segment(
+    x, y, G, out, T, n_chunks, scale, HK, HV, K, V,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FULL: tl.constexpr, BACK: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Write BV columns of what a segment adds to the state (x = v, y = k), or BACK to its gradient (x = dO, y = q).
+
+    For one decay per head: sums from the end that counts, until the decays passed multiply to 0.
+    """
+    sh = tl.program_id(0)
+    s = sh // HV
+    h = sh % HV
+    hk = h // (HV // HK)
+    i = tl.arange(0, C)
+    d = tl.arange(0, BK)
+    e = tl.program_id(1) * BV + tl.arange(0, BV)
+    in_k = d < K
+    in_v = e < V
+    S = tl.zeros((BV, BK), tl.float32)
+    passed = tl.full((), scale, tl.float32)
+    n = tl.full((), 0, tl.int32)
+    while (n < n_chunks) & (passed != 0.0):
+        c = n if BACK else n_chunks - 1 - n
+        slot = (s.to(tl.int64) * n_chunks + c) * HV + h
+        first = s.to(tl.int64) * T + c * C
+        tile = (first * HK + hk) * K + ((i * (HK * K))[:, None] + d[None, :])
+        at = (first * HV + h) * V + ((i * (HV * V))[None, :] + e[:, None])
+        xt = fetch(x + at, (i >= 0)[None, :], in_v[:, None], FULL).to(tl.float32)
+        yt = operand(fetch(y + tile, (i >= 0)[:, None], in_k[None, :], FULL), EXACT)
+        hi, lo = split(xt * (factor(G, slot, START if BACK else END, i, C) * passed)[None, :], EXACT)
+        S += dot_split(hi, lo, yt, 1 if BACK else 2, EXACT)
+        passed *= tl.load(G + (slot * FACTORS + START) * C + C - 1)
+        n += 1
+    turned = sh.to(tl.int64) * K * V + (d[None, :] * V + e[:, None])
+    tl.store(out + turned, S, mask=in_v[:, None] & in_k[None, :])
+
+
+@triton.jit
 def step(
     q, k, v, decay, state, o, final, scale, HK, HV, K, V,
     BK: tl.constexpr, BV: tl.constexpr, KEY: tl.constexpr,
