@@ -14,6 +14,7 @@ fla-core and mamba-ssm are read from the archives that `make bench-cpu` download
 from __future__ import annotations
 
 import ast
+import os
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -26,6 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from statetrack.ops import delta_rule, dplr, gated_linear_attention, selective_scan
+
+BACKEND = os.environ.get("BACKEND", "numba")
+"""of ours: the compiled kernels, or what BACKEND=chunk names"""
 
 Op = Callable[..., Tensor]
 """From an op's tensors, by name, to its output."""
@@ -76,22 +80,22 @@ INPUTS = {"delta": delta_inputs, "scan": scan_inputs, "gla": attention_inputs, "
 
 def delta_rule_ours(**x: Any) -> Tensor:
     """Apply our delta rule."""
-    return delta_rule(**x, backend="numba")[0]
+    return delta_rule(**x, backend=BACKEND)[0]
 
 
 def selective_scan_ours(eigenvalues: tuple[float, float] = (-1.0, 1.0), **x: Any) -> Tensor:
     """Apply our selective scan."""
-    return selective_scan(**x, eigenvalues=eigenvalues, backend="numba")[0]
+    return selective_scan(**x, eigenvalues=eigenvalues, backend=BACKEND)[0]
 
 
 def attention_ours(log_decay: Tensor, **x: Any) -> Tensor:
     """Apply our gated linear attention; the exponential of the logarithms is part of what is timed, as in the peer."""
-    return gated_linear_attention(**x, decay=log_decay.exp(), backend="numba")[0]
+    return gated_linear_attention(**x, decay=log_decay.exp(), backend=BACKEND)[0]
 
 
 def dplr_ours(**x: Any) -> Tensor:
     """Apply our diagonal plus low rank."""
-    return dplr(**x, backend="numba")[0]
+    return dplr(**x, backend=BACKEND)[0]
 
 
 def forward(f: Op, x: dict[str, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
     make bench-cpu
     .bench-venv/bin/python benchmarks/ops_cpu.py --only delta tracking
+    BACKEND=chunk .bench-venv/bin/python benchmarks/ops_cpu.py --only delta scan     # without the extra `cpu`
 
 Every comparison first checks that the implementations agree. Times are medians, the implementations taking turns in one
 process; a "forward" keeps nothing for a backward, a "both" gives the gradient of every input. Memory is how far forward
@@ -36,6 +37,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cpu_peers import (
+    BACKEND,
     INPUTS,
     across_keys,
     both,
@@ -254,7 +256,7 @@ def tracking_here(dtype: torch.dtype, T: int) -> tuple[float, ...]:
     v[:, 0] = torch.randn(1, 1, 2, 64, generator=g).to(dtype)
     q = F.normalize(torch.randn(1, T, 2, 64, generator=g), dim=-1).to(dtype)
     x: dict[str, Any] = {"q": q, "k": k, "v": v, "beta": torch.full((1, T, 1, 2), 2.0)}
-    seconds, mib, (_, state) = raised(lambda: delta_rule(**x, backend="numba"))
+    seconds, mib, (_, state) = raised(lambda: delta_rule(**x, backend=BACKEND))
     peak, exact = _status("VmHWM") / 1024, None
     for start in range(0, T, 65_536):  # in float64 the chunks equal the definition to 1e-10 (tests/test_tracking.py)
         part: dict[str, Any] = {name: t[:, start : start + 65_536].double() for name, t in x.items()}
@@ -385,11 +387,13 @@ def arguments() -> argparse.Namespace:
     a = parser.parse_args()
     if a.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {a.rounds}")
-    full = not a.quick and set(a.only) == set(parts)
+    full = not a.quick and set(a.only) == set(parts) and "BACKEND" not in os.environ
     if full and a.out is None:
         a.out = ROOT / "benchmarks/results/ops_cpu"
     words = (["--only", *a.only] if set(a.only) != set(parts) else []) + (["--quick"] if a.quick else [])
     a.command = " ".join(["python benchmarks/ops_cpu.py", *words]) if words else "make bench-cpu"
+    if "BACKEND" in os.environ:
+        a.command = f"BACKEND={BACKEND} {a.command}"
     return a
 
 
