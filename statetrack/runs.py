@@ -12,9 +12,11 @@ training.png, .svg  loss and accuracy by step
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +41,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say whose write it ended
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -60,8 +65,17 @@ def read_json(path: Path) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    """Return the first line of an error's message, the second too if it ends in a colon, or its type without one."""
+    first, *others = (str(error) or type(error).__name__).splitlines()
+    return f"{first} {others[0].strip()}" if others and first.endswith(":") else first
+
+
+def why_not_written(error: BaseException, path: Path) -> str:
+    """Say why a file under `path` could not be written; ask at once: what torch says of a full disk does not tell."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    full = "inline_container" in str(error) and shutil.disk_usage(path).free < 1 << 20
+    return os.strerror(errno.ENOSPC) if full else first_line(error)
 
 
 def commit() -> str | None:
@@ -152,7 +166,7 @@ class Run:
         free = {"steps", "device", "execution", "log_every", "checkpoint_every"}
         differing = [k for k in sorted(old.keys() | new.keys()) if k not in free and old.get(k) != new.get(k)]
         if differing:
-            shown = "; ".join(_difference(k, old.get(k), new.get(k)) for k in differing)
+            shown = "; ".join(difference(k, old.get(k), new.get(k)) for k in differing)
             raise UsageError(f"{self.path} was started with other settings ({shown}); choose another --out or --force")
 
     def save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -212,12 +226,12 @@ class Run:
             raise UsageError(f"{path} is corrupt ({first_line(error)}); delete it and --resume the run") from None
 
 
-def _difference(name: str, old: Any, new: Any) -> str:
+def difference(name: str, old: Any, new: Any) -> str:
     """Say how a setting differs, down to the field of a nested one."""
     if isinstance(old, dict) and isinstance(new, dict):
         inner = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-        return "; ".join(_difference(f"{name}.{k}", old.get(k), new.get(k)) for k in inner)
+        return "; ".join(difference(f"{name}.{k}", old.get(k), new.get(k)) for k in inner)
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and isinstance(old[0], dict):
         pairs = [(i, o, n) for i, (o, n) in enumerate(zip(old, new, strict=True)) if o != n]
-        return "; ".join(_difference(f"{name}[{i}]", o, n) for i, o, n in pairs)
+        return "; ".join(difference(f"{name}[{i}]", o, n) for i, o, n in pairs)
     return f"{name}: {old!r} there, {new!r} now"

@@ -183,7 +183,7 @@ def test_half_a_checkpoint_of_a_killed_process_is_not_gone_on_from(whole: Path, 
     train(small(steps=4), path, data, options=OPTIONS)
     (path / "checkpoint-4" / "complete.json").unlink()
     (path / "checkpoint-4" / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(UsageError, match="started with another lr"):
+    with pytest.raises(UsageError, match=r"other settings \(lr: 0.01 there, 0.001 now\)"):
         train(small(lr=1e-3), path, data, options=OPTIONS, resume=True)
     train(small(steps=4), path, data, options=OPTIONS, resume=True)
     assert losses(path)[:2] == losses(whole)[:2] and len(losses(path)) == 4
@@ -219,7 +219,7 @@ def test_another_tokenizer_or_run_is_refused(whole: Path, data: Path, tmp_path: 
         train(small(), whole, data, options=OPTIONS)
     other = tmp_path / "other"
     prepare(replace(small().data, tokenizer="bpe:301"), other)
-    with pytest.raises(UsageError, match="started with another tokenizer_digest"):
+    with pytest.raises(UsageError, match="started on data of another tokenizer"):
         train(small(), whole, other, options=OPTIONS, resume=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")

@@ -28,7 +28,7 @@ from statetrack.convert.keys import read_all, write_all
 from statetrack.errors import UsageError
 from statetrack.hf import StateTrackConfig, StateTrackForCausalLM
 from statetrack.model import Model
-from statetrack.runs import first_line, read_json
+from statetrack.runs import first_line, read_json, why_not_written
 
 FOREIGN: dict[str, ModuleType] = {
     "delta_net": fla,
@@ -104,6 +104,8 @@ def read(source: str | Path, normalising: bool = False) -> Checkpoint:
     path = directory(source)
     if (path / artifact.NETWORK).exists():
         return Checkpoint.of_compiled(artifact.read(path), normalising)
+    if not (path / "config.json").exists():
+        raise UsageError(f"{path} is no checkpoint and no run: it has no config.json")
     theirs = read_json(path / "config.json")
     if isinstance(theirs, dict) and "settings" in theirs:
         from statetrack.train import load_run
@@ -148,6 +150,8 @@ def write(checkpoint: Checkpoint, to: str, out: Path, force: bool = False) -> No
         if out.exists():
             shutil.rmtree(out)
         os.replace(temporary, out)
+    except Exception as error:  # OSError, safetensors' own
+        raise UsageError(f"{out} cannot be written: {why_not_written(error, out.parent)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

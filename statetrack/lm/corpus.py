@@ -24,7 +24,7 @@ import numpy as np
 from statetrack.errors import UsageError
 from statetrack.lm.sources import documents
 from statetrack.lm.tokenizers import digest, encode, load_tokenizer, train_tokenizer
-from statetrack.runs import LOCK, read_json, write_atomically, write_json
+from statetrack.runs import LOCK, read_json, why_not_written, write_atomically, write_json
 
 STATE, SPLITS = "data.json", ("train", "validation")
 OURS = re.compile(r"(train|validation)-\d{5,}\.(tokens|ends)\.npy|\..*\.tmp")
@@ -121,7 +121,6 @@ def prepare(data: Data, path: Path, *, force: bool = False, report: Report | Non
     another process, or with files that are not ours; and for a source without text.
     """
     data.check()
-    path.mkdir(parents=True, exist_ok=True)
     with held(path):
         state = _begun(data, path, force)
         if not state["finished"]:
@@ -140,13 +139,23 @@ def prepare(data: Data, path: Path, *, force: bool = False, report: Report | Non
 
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Hold a directory for this process; raise UsageError where another has it."""
+    """Make a directory and hold it for this process; raise UsageError where another has it.
+
+    What fails before anything is written leaves no directory.
+    """
+    made = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
     with open(path / LOCK, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UsageError(f"{path} is in use by another process; wait for it or choose another") from None
-        yield
+        try:
+            yield
+        finally:
+            if made and [entry.name for entry in path.iterdir()] == [LOCK]:
+                (path / LOCK).unlink()
+                path.rmdir()
 
 
 def _begun(data: Data, path: Path, force: bool) -> dict[str, Any]:
@@ -170,7 +179,10 @@ def _begun(data: Data, path: Path, force: bool) -> dict[str, Any]:
         tokenizer = train_tokenizer(texts, int(data.tokenizer[4:]))
     else:
         tokenizer = load_tokenizer(data.tokenizer)
-    tokenizer.save_pretrained(str(path / "tokenizer"))
+    try:
+        tokenizer.save_pretrained(str(path / "tokenizer"))
+    except Exception as error:  # the tokenizers library has no type for a full disk
+        raise UsageError(f"{path}/tokenizer cannot be written: {why_not_written(error, path)}") from None
     tokenizer = load_tokenizer(path / "tokenizer")
     state = {"data": asdict(data), "digest": digest(tokenizer), "vocab_size": len(tokenizer), "read": 0}
     state |= {"finished": False, "shards": {split: [] for split in SPLITS}}

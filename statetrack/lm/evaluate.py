@@ -5,7 +5,7 @@ Letters: W windows, T tokens of a window, C tokens at once.
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -23,7 +23,7 @@ from statetrack.lm.corpus import Corpus
 from statetrack.lm.sources import documents
 from statetrack.lm.tokenizers import digest, encode, load_tokenizer
 from statetrack.lm.train import MODEL, RECIPE
-from statetrack.runs import first_line
+from statetrack.runs import first_line, read_json
 from statetrack.train import choose_device
 
 if TYPE_CHECKING:
@@ -34,17 +34,21 @@ BUCKETS_PER_DOUBLING = 4
 
 
 def load_model(path: Path, device: str = "auto", precision: str = "auto") -> tuple[StateTrackForCausalLM, Any]:
-    """Return model and tokenizer of a run directory (its model, or its last whole checkpoint), or of a checkpoint.
+    """Return model and tokenizer of a run directory (its model, or its last whole checkpoint), a checkpoint, or a name
+    on the hub.
 
-    precision: of the weights; auto: bfloat16 on a GPU, float32 elsewhere. Raises UsageError where there is none.
+    precision: of the weights; auto: bfloat16 on a GPU, float32 elsewhere. Raises UsageError where there is none, where
+    weights are missing or have another shape, and where the tokenizer is not the one that the model was trained with.
     """
     try:
-        from transformers.utils import logging
+        from transformers.utils.logging import disable_progress_bar
 
+        from statetrack.convert import directory
         from statetrack.hf import StateTrackForCausalLM
         from statetrack.lm.trainer import checkpoints
     except ImportError as error:
         raise UsageError(f"{first_line(error)}: pip install 'statetrack[lm]'") from None
+    path = path if path.exists() else directory(path)
     if (path / RECIPE).exists():
         whole = [path / MODEL] if (path / MODEL).exists() else checkpoints(path)
         if not whole:
@@ -52,16 +56,24 @@ def load_model(path: Path, device: str = "auto", precision: str = "auto") -> tup
         path = whole[-1]
     if not (path / "config.json").exists():
         raise UsageError(f"{path} is no run and no checkpoint: it has no config.json")
-    if json.loads((path / "config.json").read_text()).get("model_type") != "statetrack":
+    stored = read_json(path / "config.json")
+    if not isinstance(stored, dict) or stored.get("model_type") != "statetrack":
         raise UsageError(f"{path} is not a statetrack model; first: statetrack convert")
-    logging.disable_progress_bar()
+    disable_progress_bar()
     chosen = choose_device(device)
     wide = precision == "float32" or (precision == "auto" and chosen.type != "cuda")
     try:
-        model = StateTrackForCausalLM.from_pretrained(path, dtype=torch.float32 if wide else torch.bfloat16)
+        dtype = torch.float32 if wide else torch.bfloat16
+        found: Any = StateTrackForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except Exception as error:  # whatever a broken file raises
         raise UsageError(f"{path} cannot be loaded: {first_line(error)}") from None
+    model, told = found
+    if wrong := sorted({*told["missing_keys"], *told["unexpected_keys"]}):
+        what = "lacks the weight" if wrong[0] in told["missing_keys"] else "has the unknown weight"
+        raise UsageError(f"{path} {what} {wrong[0]}")
     tokenizer = load_tokenizer(path)
+    if getattr(model.config, "tokenizer_digest", None) not in (None, digest(tokenizer)):
+        raise UsageError(f"{path}: the tokenizer is not the one that the model was trained with")
     if len(tokenizer) > model.config.vocab_size:
         raise UsageError(f"{path}: the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
     return model.to(chosen).eval(), tokenizer  # pyright: ignore[reportArgumentType, reportReturnType]
@@ -166,11 +178,13 @@ def run_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise UsageError("tasks need lm-eval: pip install 'statetrack[lm]'") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is no name
     manager = TaskManager(include_path=None if include is None else str(include))
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise UsageError(f"lm-eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists them, --include adds a folder")
     wrap: Any = huggingface.HFLM
-    wrapped = wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+    options = {"backend": "causal", "batch_size": batch_size, "max_length": max_length}
+    wrapped = wrap(pretrained=model, tokenizer=tokenizer, **options)
     run: Any = lm_eval.simple_evaluate
     try:
         found: Any = run(

@@ -117,7 +117,8 @@ def _hub(source: str, field: str, split: str, skip: int) -> Iterator[str]:
     except UsageError:
         raise
     except Exception as error:  # of the network, the hub, a missing split, a broken file
-        raise UsageError(f"data set {source!r} cannot be read: {first_line(error)}") from None
+        hint = "the same command goes on when the hub can be reached; a file or folder needs none"
+        raise UsageError(f"data set {source!r} cannot be read: {first_line(error)}; {hint}") from None
 
 
 def _load_dataset() -> Any:

@@ -24,7 +24,12 @@ def load_tokenizer(name: str | Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name))
     except Exception as error:  # whatever the network, the hub or a broken file raise
-        raise UsageError(f"tokenizer {str(name)!r} cannot be loaded: {first_line(error)}") from None
+        if Path(name).is_dir():
+            no_file = not (Path(name) / "tokenizer.json").exists()
+            reason = "it has no tokenizer.json" if no_file else first_line(error)
+        else:
+            reason = f"{first_line(error).rstrip('.')}; a folder with a tokenizer, or bpe:SIZE, needs no hub"
+        raise UsageError(f"tokenizer {str(name)!r} cannot be loaded: {reason}") from None
     if not tokenizer.is_fast:
         raise UsageError(f"tokenizer {str(name)!r} has no fast version (tokenizer.json), which is needed")
     if tokenizer.eos_token_id is None:

@@ -14,6 +14,7 @@ import gc
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -30,7 +31,7 @@ from statetrack.lm.packing import Order, Rows, join, pack
 from statetrack.lm.pictures import loss_by_step
 from statetrack.lm.settings import FREE, Recipe, cost
 from statetrack.progress import Bars
-from statetrack.runs import LOCK, commit, first_line, read_json, write_json
+from statetrack.runs import LOCK, commit, difference, read_json, why_not_written, write_json
 from statetrack.train import Interrupted, Signals, choose_device
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def train(
     loss that is not finite, or a disk that is full; the last whole checkpoint stays. Interrupted after SIGINT, SIGTERM
     or the time limit, when all is saved.
     """
-    from statetrack.lm.trainer import SHARDED, greatest
+    from statetrack.lm.trainer import check_start, greatest
 
     options = options or Options()
     recipe.check()
@@ -98,12 +99,12 @@ def train(
     config |= {"version": statetrack.__version__, "commit": commit()}
     with _opened(path, config, resume, force, main) as start, Signals() as signals, Bars() as bars:
         trainer = _trainer(recipe, path, corpus, options, signals, bars if main else None)
-        if start and trainer.is_fsdp_enabled != (start / SHARDED).exists():
-            how = "without FSDP2" if trainer.is_fsdp_enabled else "with FSDP2"
-            raise UsageError(f"{start} was written {how}; go on {how} (--parallel, and the number of processes)")
-        if main:
-            write_json(path / RECIPE, config)
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        if start:
+            check_start(start, trainer.is_fsdp_enabled)
+        with _said(path):
+            if main:
+                write_json(path / RECIPE, config)
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
         signum = greatest(signals.received, trainer.args)  # all stop, or all write the model together
         if signum and trainer.state.global_step < recipe.steps:
             raise Interrupted(signum, trainer.state.global_step, path)
@@ -113,6 +114,21 @@ def train(
     if main:
         loss_by_step({path.name: history}, path / "training", title=path.name)
     return {k: v for row in history for k, v in row.items()}
+
+
+@contextlib.contextmanager
+def _said(path: Path) -> Iterator[None]:
+    """Say in one line that a log could not be written, and nothing from TensorBoard's thread, which says it again."""
+    from statetrack.lm.trainer import last_good
+
+    hook = threading.excepthook
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else hook(args)
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {why_not_written(error, path)}; {last_good(path)}") from error
+    finally:
+        threading.excepthook = hook
 
 
 @contextlib.contextmanager
@@ -156,7 +172,6 @@ def _opened(path: Path, config: dict[str, Any], resume: bool, force: bool, main:
         raise UsageError(f"{path} holds a run; --resume to go on, --force to replace it")
     elif not exists and path.exists() and any(entry.name != LOCK for entry in path.iterdir()):
         raise UsageError(f"{path} is not empty and not a run; choose another directory")
-    path.mkdir(parents=True, exist_ok=True)
     with held(path):
         found = checkpoints(path) if resume else []
         for entry in [*path.glob("checkpoint-*"), path / MODEL]:
@@ -173,8 +188,12 @@ def _check_same(stored: Any, config: dict[str, Any], path: Path) -> None:
         raise UsageError(f"{path / RECIPE} is not that of a run; --force replaces it")
     new = json.loads(json.dumps(config["settings"]))
     differing = [k for k in sorted(old.keys() | new.keys()) if k not in FREE and old.get(k) != new.get(k)]
+    if "tokenizer_digest" in differing:
+        raise UsageError(f"{path} was started on data of another tokenizer; go on with that, or choose another --out")
     if differing:
-        raise UsageError(f"{path} was started with another {', '.join(differing)}; choose another --out or --force")
+        shown = "; ".join(difference(k, old.get(k), new.get(k)) for k in differing).split("; ")
+        listed = "; ".join(shown[:3]) + (f"; and {len(shown) - 3} more" if len(shown) > 3 else "")
+        raise UsageError(f"{path} was started with other settings ({listed}); choose another --out or --force")
 
 
 def build(recipe: Recipe, corpus: Corpus, *, empty: bool = False) -> StateTrackForCausalLM:
@@ -189,6 +208,7 @@ def build(recipe: Recipe, corpus: Corpus, *, empty: bool = False) -> StateTrackF
         bos_token_id=tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        tokenizer_digest=corpus.digest,
     )
     torch.manual_seed(recipe.seed)
     with torch.device("meta") if empty else contextlib.nullcontext():
@@ -300,5 +320,6 @@ def _save_model(trainer: LMTrainer, path: Path) -> None:
             shutil.rmtree(path / MODEL, ignore_errors=True)
             os.replace(temporary, path / MODEL)
     except Exception as error:  # OSError, RuntimeError, safetensors' own
+        reason = why_not_written(error, path)
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UsageError(f"{path / MODEL} cannot be written: {first_line(error)}; --resume writes it again") from error
+        raise UsageError(f"{path / MODEL} cannot be written: {reason}; --resume writes it again") from error

@@ -6,11 +6,13 @@ and resuming are transformers' and accelerate's.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from statetrack.errors import UsageError
 from statetrack.layers.common import decayed_names
 from statetrack.lm.settings import Cost, peak_flops
 from statetrack.progress import Bars
-from statetrack.runs import first_line, write_atomically, write_json
+from statetrack.runs import first_line, read_json, why_not_written, write_atomically, write_json
 from statetrack.train import Signals
 
 SHARDED = "pytorch_model_fsdp.bin"
@@ -38,6 +40,37 @@ def checkpoints(path: Path) -> list[Path]:
     """Return a run's whole checkpoints, oldest first."""
     found = [p.parent for p in path.glob(f"checkpoint-*/{COMPLETE}")]
     return sorted(found, key=lambda p: int(p.name.partition("-")[2]))
+
+
+def check_start(checkpoint: Path, sharded: bool) -> None:
+    """Raise UsageError if a file of a checkpoint is missing or has another size than when it was written, and if it
+    was written with FSDP2 and the run goes on without, or the other way round.
+    """
+    if sharded != (checkpoint / SHARDED).exists():
+        how = "without FSDP2" if sharded else "with FSDP2"
+        raise UsageError(f"{checkpoint} was written {how}; go on {how} (--parallel, and the number of processes)")
+    sizes = read_json(checkpoint / COMPLETE).get("files", {})
+    for name, size in sizes.items():
+        file = checkpoint / name
+        if not file.exists() or file.stat().st_size != size:
+            has = f"has {file.stat().st_size:,} bytes, not {size:,}" if file.exists() else "is missing"
+            raise UsageError(f"{file} {has}; {_without(checkpoint)}")
+
+
+@contextlib.contextmanager
+def _readable(checkpoint: str | None) -> Iterator[None]:
+    """Say in one line that a checkpoint cannot be read or is that of another model."""
+    try:
+        yield
+    except Exception as error:  # torch, pickle, zip and safetensors raise errors of many types
+        if checkpoint is None or isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{checkpoint} cannot be loaded: {first_line(error)}; {_without(Path(checkpoint))}") from error
+
+
+def _without(checkpoint: Path) -> str:
+    before = [path for path in checkpoints(checkpoint.parent) if path != checkpoint]
+    return f"delete {checkpoint} to go on from " + (str(before[-1]) if before else "the beginning")
 
 
 class LMTrainer(Trainer):
@@ -56,6 +89,27 @@ class LMTrainer(Trainer):
             raise UsageError("accelerate spreads weights over GPUs only; choose --parallel ddp")
         if not self.is_fsdp_enabled:  # which moves the shards, and only the first process has any weights yet
             super()._move_model_to_device(model, device)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with _readable(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse what transformers warns of: weights that would stay as the seed gave them."""
+        model: Any = self.model
+        tied = set(model._tied_weights_keys) if model.config.tie_word_embeddings else set()
+        if lacking := set(load_result.missing_keys) - tied:
+            raise ValueError(f"it lacks the weight {min(lacking)}")
+        if load_result.unexpected_keys:
+            raise ValueError(f"it has the unknown weight {min(load_result.unexpected_keys)}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return what `statetrack.train` decays."""
@@ -103,13 +157,12 @@ class LMTrainer(Trainer):
             if self.args.world_size > 1:
                 dist.barrier()
             if self.args.should_save:
-                _flush(path)
-                write_json(path / COMPLETE, {"step": step})
+                sizes = _flush(path)
+                write_json(path / COMPLETE, {"step": step, "files": sizes})
         except Exception as error:  # OSError, RuntimeError of torch.save, safetensors' own
+            reason = why_not_written(error, root)
             shutil.rmtree(path, ignore_errors=True)
-            raise UsageError(
-                f"the checkpoint of step {step} cannot be written: {first_line(error)}; {last_good(root)}"
-            ) from error
+            raise UsageError(f"the checkpoint of step {step} cannot be written: {reason}; {last_good(root)}") from error
         self._clock = self._clock[0], self._clock[1] + time.perf_counter() - began
 
     def check_finite(self, model: nn.Module) -> None:
@@ -128,14 +181,15 @@ def last_good(path: Path) -> str:
     return f"the last good checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
 
 
-def _flush(path: Path) -> None:
-    for file in path.rglob("*"):
+def _flush(path: Path) -> dict[str, int]:
+    """See that every file is on the disk; return their sizes."""
+    sizes = {}
+    for file in sorted(path.rglob("*")):
         if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+            sizes[str(file.relative_to(path))] = file.stat().st_size
+    return sizes
 
 
 def _local(p: Tensor) -> Tensor:

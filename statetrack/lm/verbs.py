@@ -129,7 +129,11 @@ def _evaluations(path: Path, a: EvaluateArguments, bars: Bars) -> Iterator[dict[
     model, tokenizer = load_model(path, a.device, a.precision)
     if a.data or a.text:
         texts = corpus_tokens(Corpus(a.data), tokenizer) if a.data else source_tokens(a.text or "", tokenizer, a.field)
-        tokens = windows(texts, a.length, a.windows, whole=a.whole_documents)
+        try:
+            tokens = windows(texts, a.length, a.windows, whole=a.whole_documents)
+        except UsageError as error:
+            where = f"the validation split of {a.data}" if a.data else str(a.text)
+            raise UsageError(f"{where} has {error}; a shorter --length, or --text SOURCE") from None
         done = 0
 
         def report(count: int) -> None:
