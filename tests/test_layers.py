@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -109,6 +110,30 @@ def test_lower_precision_runs_and_agrees(case: LayerCase, dtype):
     got, _ = mixer.to(dtype)(x.to(dtype))
     assert got.dtype == dtype
     assert (got.double() - want).norm() / want.norm() <= 30 * torch.finfo(dtype).eps
+
+
+@every_layer
+def test_under_autocast_a_recurrence_gets_16_bits(case: LayerCase, monkeypatch: pytest.MonkeyPatch):
+    """Else its float32 kernels would run, several times slower; decays, rates and writing strengths stay float32."""
+    seen: dict[str, torch.dtype] = {}
+
+    def watched(op):
+        def run(*args, **kwargs):
+            seen.update({name: x.dtype for name, x in kwargs.items() if isinstance(x, torch.Tensor)})
+            return op(*args, **kwargs)
+
+        return run
+
+    module = import_module(type(case.config).__module__)
+    for name in ("delta_rule", "selective_scan", "gated_linear_attention", "dplr"):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    mixer = build(case.config).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixer(sequence(case.config, 9).float())
+    streams = {name: seen[name] for name in ("q", "k", "v", "u", "B", "C", "z") if name in seen}
+    assert set(streams.values()) <= {torch.bfloat16}, streams
+    assert {seen[name] for name in ("decay", "log_decay", "beta", "A") if name in seen} <= {torch.float32}
 
 
 OTHER = {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statetrack.errors import UsageError
-from statetrack.layers.common import check_positive, head_width, projection, rotate
+from statetrack.layers.common import RMSNorm, check_positive, head_width, projection, rotate
 from statetrack.layers.packing import Packing, count_sequences
 from statetrack.layers.softmax import attend, attend_packed, causal_mask
 
@@ -71,8 +71,8 @@ class Attention(nn.Module):
         self.k_proj = projection(config.dim, shared)
         self.v_proj = projection(config.dim, shared)
         eps = config.qk_norm
-        self.q_norm = nn.Identity() if eps is None else nn.RMSNorm(inner, eps=eps)
-        self.k_norm = nn.Identity() if eps is None else nn.RMSNorm(shared, eps=eps)
+        self.q_norm = nn.Identity() if eps is None else RMSNorm(inner, eps=eps)
+        self.k_norm = nn.Identity() if eps is None else RMSNorm(shared, eps=eps)
         self.o_proj = projection(inner, config.dim)
 
     def init_state(self, batch: int) -> AttentionState:

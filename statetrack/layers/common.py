@@ -158,10 +158,19 @@ class ForgetGate(nn.Module):
         return -self.rate.exp()[:, None] * step.unflatten(-1, (self.heads, self.width))
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight in the type of x, in one kernel: under autocast torch's takes several."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise over the last dimension."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class ShortConvolution(nn.Module):
     """Causal depthwise convolution over the last W tokens, then SiLU.
 
-    y_t = silu(sum_i weight_i * x_{t-W+1+i} + bias), with the last W - 1 inputs as state.
+    y_t = silu(sum_i weight_i * x_{t-W+1+i} + bias), with the last W - 1 inputs as state. The sum is in the wider of the
+    types of x and the weights, y in that of x: under autocast a recurrence then gets 16-bit inputs.
     """
 
     undecayed = ("weight",)
@@ -192,4 +201,4 @@ class ShortConvolution(nn.Module):
             y = torch.addcmul(y, inputs[i], self.weight[i])
         if self.bias is not None:
             y = y + self.bias
-        return F.silu(y), tail
+        return F.silu(y.to(x.dtype)), tail

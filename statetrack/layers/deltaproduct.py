@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from statetrack.errors import UsageError
 from statetrack.layers.common import (
     ForgetGate,
+    RMSNorm,
     ShortConvolution,
     check_eigenvalues,
     check_positive,
@@ -115,7 +116,7 @@ class DeltaProduct(nn.Module):
         width = self.head_dim if config.gate == "key" else None
         self.gate = ForgetGate(config.dim, config.heads, width) if config.gate else None
         self.output_gate = projection(config.dim, inner) if config.output_gate else None
-        self.norm = nn.RMSNorm(self.value_dim, eps=config.norm_eps)
+        self.norm = RMSNorm(self.value_dim, eps=config.norm_eps)
         self.o_proj = projection(inner, config.dim)
 
     def init_state(self, batch: int) -> DeltaProductState:

@@ -25,6 +25,7 @@ from statetrack.errors import UsageError
 from statetrack.layers.common import (
     LowRank,
     MemoryState,
+    RMSNorm,
     check_eigenvalues,
     check_positive,
     eigenvalue_range,
@@ -87,7 +88,7 @@ class GLA(nn.Module):
         spread_logits(config.gate_std, self.decay_proj.down.weight, self.decay_proj.up.weight)
         self.low = learned_low(config.learned_low, H)
         self.output_gate = nn.Linear(config.dim, H * self.head_dim)
-        self.norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+        self.norm = RMSNorm(self.head_dim, eps=config.norm_eps)
         self.o_proj = projection(H * self.head_dim, config.dim)
 
     def init_state(self, batch: int) -> MemoryState:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from statetrack.errors import UsageError
 from statetrack.layers.common import (
     MemoryState,
+    RMSNorm,
     check_eigenvalues,
     eigenvalue_range,
     head_width,
@@ -72,7 +73,7 @@ class HGRN2(nn.Module):
         self.f_proj = projection(config.dim, inner)
         self.v_proj = projection(config.dim, inner)
         self.low = learned_low(config.learned_low, config.heads)
-        self.norm = nn.RMSNorm(inner, eps=config.norm_eps)
+        self.norm = RMSNorm(inner, eps=config.norm_eps)
         self.o_proj = projection(inner, config.dim)
 
     def init_state(self, batch: int) -> MemoryState:

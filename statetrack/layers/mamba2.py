@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from statetrack.errors import UsageError
 from statetrack.layers.common import (
+    RMSNorm,
     ShortConvolution,
     check_eigenvalues,
     check_positive,
@@ -100,7 +101,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(time_step_bias(H, *config.dt_range))
         self.D = nn.Parameter(torch.ones(H))
         self.low = learned_low(config.learned_low, H)
-        self.norm = nn.RMSNorm(self.inner, eps=config.norm_eps)
+        self.norm = RMSNorm(self.inner, eps=config.norm_eps)
         self.out_proj = nn.Linear(self.inner, config.dim, bias=False)
 
     def init_state(self, batch: int) -> Mamba2State:

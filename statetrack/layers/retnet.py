@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from statetrack.errors import UsageError
 from statetrack.layers.common import (
     MemoryState,
+    RMSNorm,
     check_eigenvalues,
     check_positive,
     head_width,
@@ -80,7 +81,7 @@ class RetNet(nn.Module):
         self.k_proj = projection(config.dim, H * self.head_dim)
         self.v_proj = projection(config.dim, H * self.value_dim)
         self.output_gate = projection(config.dim, H * self.value_dim)
-        self.norm = nn.RMSNorm(self.value_dim, eps=config.norm_eps)
+        self.norm = RMSNorm(self.value_dim, eps=config.norm_eps)
         self.o_proj = projection(H * self.value_dim, config.dim)
 
     def init_state(self, batch: int) -> MemoryState:
