@@ -95,35 +95,43 @@ class Plan:
         self.gather = {"EVEN": even, "BQ": self.BQ, "BV": wide, "num_warps": 4 if BK <= 128 and not exact else 8}
         self.gather["STAGES"] = 1
 
-    def workspace(self, slots: int, device: torch.device, terms: int) -> dict[str, Tensor]:
+    def pairs(self, low: int, high: int) -> int:
+        """Return how many (sequence, chunk) pairs the chunks [low, high) of every sequence are (all of packed ones)."""
+        return self.chunks if self.varlen else self.S * (high - low)
+
+    def workspace(self, pairs: int, device: torch.device, terms: int) -> dict[str, Tensor]:
         """Allocate what `prepare` writes for this many (sequence, chunk) pairs."""
-        shape = (slots, self.HV, ROWS)
+        shape = (pairs, self.HV, ROWS)
         high = torch.empty(*shape, ROWS, dtype=self.low, device=device)
         two = terms == 2 and self.low == torch.bfloat16
         return {
             "X_hi": high,
             "X_lo": torch.empty_like(high) if two else high,
-            "scales": torch.empty(slots, self.HV, 4, ROWS, device=device),
-            "G": torch.empty((slots, self.HV, 2, ROWS) if self.common["GATE"] else (1,), device=device),
+            "scales": torch.empty(pairs, self.HV, 4, ROWS, device=device),
+            "G": torch.empty((pairs, self.HV, 2, ROWS) if self.common["GATE"] else (1,), device=device),
         }
 
     def prepare(
-        self, k: Tensor, beta: Tensor, log_decay: Tensor | None, low: int, high: int, terms: int, backward: bool
-    ):
+        self,
+        work: dict[str, Tensor],
+        tensors: tuple[Tensor, Tensor, Tensor | None],
+        low: int,
+        high: int,
+        terms: int,
+        backward: bool,
+    ) -> None:
         """Run `prepare` on the chunks [low, high) of every sequence (all chunks of packed ones)."""
-        slots = self.chunks if self.varlen else self.S * (high - low)
-        work = self.workspace(slots, k.device, terms)
+        k, beta, log_decay = tensors
         if self.hopper:
-            hopper.launch_prepare(self, work, (k, beta, log_decay), low, high, terms, backward)
-            return work
+            hopper.launch_prepare(self, work, tensors, low, high, terms, backward)
+            return
         registers = {} if self.common["EXACT"] else {"maxnreg": 168}  # three programs per multiprocessor
         sizes = self.T, low, high - low, self.HK, self.HV, self.K
-        prepare[(slots * self.HV,)](
+        prepare[(self.pairs(low, high) * self.HV,)](
             k, beta, log_decay, work["X_hi"], work["X_lo"], work["scales"], work["G"], self.starts, self.slots,
             *sizes, **self.shapes, **self.common, BACKWARD=backward, TERMS=terms,
             num_warps=8 if self.common["EXACT"] else 4, num_stages=1, **registers,
         )  # fmt: skip
-        return work
 
 
 def segments(pairs: int, T: int, C: int) -> int:
@@ -169,7 +177,8 @@ def _forward(
     F = v.new_empty(v.shape if keep else (0,), dtype=plan.low)
     if plan.chunks == 0:
         return o, final.copy_(initial), saved, F, initial.new_empty(0)
-    work = plan.prepare(k, beta, log_decay, 0, plan.most, terms, backward=False)
+    work = plan.workspace(plan.pairs(0, plan.most), q.device, terms)
+    plan.prepare(work, (k, beta, log_decay), 0, plan.most, terms, backward=False)
 
     def run(start: Tensor, end: Tensor, V: int, values: bool, output: bool) -> Tensor:
         if plan.hopper:
@@ -257,7 +266,12 @@ def _backward(
     else:
         walk_scale = scale
 
-    def run(work: dict[str, Tensor], ends: Tensor, out: Tensor, low: int, high: int, output: bool) -> None:
+    ranges = _ranges(plan)
+    most = max((plan.pairs(low, high) for low, high in ranges), default=0)
+    work = plan.workspace(most, q.device, terms)
+    d_saved = torch.empty(most, plan.HV, plan.V, plan.K, dtype=plan.low, device=q.device)
+
+    def run(ends: Tensor, out: Tensor, low: int, high: int, output: bool) -> None:
         if plan.hopper:
             hopper.launch_walk_back(plan, work, (q, k, d_out, out, ends, dv, d_saved), walk_scale, low, high, output)
             return
@@ -267,20 +281,18 @@ def _backward(
             OUTPUT=output, **plan.shapes, **plan.common, **plan.walk,
         )  # fmt: skip
 
-    for low, high in _ranges(plan):
-        work = plan.prepare(k, beta, log_decay, low, high, terms, backward=True)
-        slots = work["X_hi"].shape[0]
-        d_saved = torch.empty(slots, plan.HV, plan.V, plan.K, dtype=plan.low, device=q.device)
+    for low, high in ranges:
+        plan.prepare(work, (k, beta, log_decay), low, high, terms, backward=True)
         if plan.segments > 1:
             c = d_state.new_zeros(plan.S, plan.HV, plan.K, plan.V)
-            run(work, c, c, low, high, False)
+            run(c, c, low, high, False)
             d_state = _compose(A, c, d_final, plan.segments, transpose=True)
-        run(work, d_state, d_state, low, high, True)
+        run(d_state, d_state, low, high, True)
         if plan.hopper:
             grads = q, k, v, log_decay, d_out, saved, F, d_saved, dv, dq, dk, d_beta, d_decay
             hopper.launch_gather(plan, work, grads, scale, low, high)
             continue
-        gather[(slots * plan.HV,)](
+        gather[(plan.pairs(low, high) * plan.HV,)](
             q, k, v, log_decay, d_out, work["scales"], work["G"], saved, F, d_saved, dv, dq, dk, d_beta, d_decay,
             plan.starts, plan.slots, plan.T, low, high - low, plan.most, scale, plan.HK, plan.HV, plan.K, plan.V,
             **plan.shapes, **plan.common, **plan.gather,

@@ -36,7 +36,7 @@ def launch_prepare(
 ) -> None:
     """Write what the walks need of the chunks [low, high) of every sequence (all chunks of packed ones)."""
     k, beta, log_decay = tensors
-    prepare[(work["X_hi"].shape[0] * plan.HV,)](
+    prepare[(plan.pairs(low, high) * plan.HV,)](
         k, beta, log_decay, work["X_hi"], work["X_lo"], work["scales"], work["G"], plan.starts, plan.slots,
         plan.T, low, high - low,
         plan.HK, plan.HV, plan.K, plan.N, plan.C,
@@ -73,7 +73,7 @@ def launch_gather(
     """Write the gradients of the chunks [low, high)."""
     q, k, v, log_decay, d_out, saved, F, d_saved, z, dq, dk, d_beta, d_decay = tensors
     registers = {} if plan.common["GATE"] else {"maxnreg": 128}  # two programs per multiprocessor
-    gather[(work["X_hi"].shape[0] * plan.HV,)](
+    gather[(plan.pairs(low, high) * plan.HV,)](
         q, k, v, log_decay, d_out, work["scales"], work["G"], saved, F, d_saved, z, dq, dk, d_beta, d_decay,
         plan.starts, plan.slots, plan.T, low, high - low, plan.most, scale,
         plan.HK, plan.HV, plan.K, plan.V, plan.N, plan.C,
