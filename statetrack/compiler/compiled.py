@@ -140,7 +140,8 @@ class CompiledAutomaton(Network):
         """Return what was compiled to what, one line each."""
         b, merged = self.blueprint, self.merged
         letters = f"{merged.alphabet} classes of {b.automaton.alphabet} letters"
-        lines = [f"automaton   {b.automaton.states} states, {letters}"]
+        always = "" if b.automaton.states > 1 else f"; it says {b.automaton.emits[0]} of every text"
+        lines = [f"automaton   {b.automaton.states} states, {letters}{always}"]
         seen = f", the first sees {self.window + 1} tokens" if self.window else ""
         lines.append(f"network     {self.depth} recurrent layer(s){seen}; structure {b.structure}, keys {b.keys}")
         lines += self.layer_lines()
