@@ -19,12 +19,12 @@ MOST_SEEDS, MOST_STEPS, MOST_PAIRS = 400, 4000, 60_000
 
 
 def cut(seen: View, known: Knowledge, limit: Limit = NO_LIMIT) -> Layer | None:
-    """Return blocks that together tell apart as much as all that were found; None if there are none."""
+    """Return blocks that together tell apart as much as all found; None if there are none. Raises TooLarge."""
     images = {(c, x): image for c, x, _, image, _ in known.events(seen, limit) if image}
     families = _families(known, images, limit)
     if not families:
         return None
-    chosen = _cover(known, families)
+    chosen = _cover(known, families, limit)
     return Layer("cut", [_block(seen.start, known, images, families[i]) for i in chosen]) if chosen else None
 
 
@@ -46,7 +46,7 @@ def _families(known: Knowledge, images: Images, limit: Limit) -> list[Family]:
     for c, states in list(seeds)[:MOST_SEEDS]:
         if limit.passed:
             break
-        family = _close(known, images, into, c, states)
+        family = _close(known, images, into, c, states, limit)
         if family is None or _trivial(known, family) or not _acts(known, images, family):
             continue
         key = tuple(tuple(sorted(tuple(sorted(states)) for states in sets)) for sets in family)
@@ -54,7 +54,9 @@ def _families(known: Knowledge, images: Images, limit: Limit) -> list[Family]:
     return list(found.values())
 
 
-def _close(known: Knowledge, images: Images, into: list[list[Key]], c0: int, seed: frozenset[int]) -> Family | None:
+def _close(
+    known: Knowledge, images: Images, into: list[list[Key]], c0: int, seed: frozenset[int], limit: Limit
+) -> Family | None:
     """Return the smallest family that holds the seed at c0; None if it takes too long."""
     family: Family = [[] for _ in range(known.size)]
     _add(family, c0, seed)
@@ -64,6 +66,8 @@ def _close(known: Knowledge, images: Images, into: list[list[Key]], c0: int, see
             return family
         d = todo.pop()
         for c, x in into[d]:
+            if limit.passed:
+                return None
             image = images[c, x]
             for states in list(family[d]):
                 before = frozenset(q for q, r in image.items() if r in states)
@@ -149,11 +153,12 @@ def _block(start: int, known: Knowledge, images: Images, family: Family) -> Bloc
     return Block(labels, events, _label(start, family[known.start]))
 
 
-def _cover(known: Knowledge, families: list[Family]) -> list[int]:
+def _cover(known: Knowledge, families: list[Family], limit: Limit) -> list[int]:
     """Choose few families that separate all pairs of possible states that any of them separates."""
     pairs = [(c, p, q) for c, states in enumerate(known.possible) for p in states for q in states if p < q]
     separated = []
     for family in families:
+        limit.check()
         labels = [{q: _label(q, family[c]) for q in states} for c, states in enumerate(known.possible)]
         separated.append({i for i, (c, p, q) in enumerate(pairs[:MOST_PAIRS]) if labels[c][p] != labels[c][q]})
     size = [max(len(sets) for sets in family) for family in families]
