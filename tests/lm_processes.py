@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from statetrack.errors import UsageError
 from statetrack.lm.train import Options, leaving_group, train
 from statetrack.train import Interrupted
 from tests.test_lm_train import acting, spread
@@ -45,5 +46,5 @@ if __name__ == "__main__":
     try:
         with leaving_group():
             train(spread(), Path(out), Path(data), options=options, resume=Path(out).exists())
-    except Interrupted as error:
+    except (Interrupted, UsageError) as error:
         print(error)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -245,17 +246,17 @@ def test_bad_settings_are_one_line(data: Path, tmp_path: Path, changes: dict, me
 
 def test_wandb_is_asked_for_only_where_it_is_installed(data: Path, tmp_path: Path):
     pytest.importorskip("transformers")
-    if "wandb" not in sys.modules:
-        with pytest.raises(UsageError, match="wandb is not installed"):
+    if find_spec("wandb") is None:
+        with pytest.raises(UsageError, match=r"wandb is not installed: pip install 'statetrack\[wandb\]'"):
             train(small(), tmp_path, data, options=replace(OPTIONS, trackers=("wandb",)))
 
 
-def on_two_processes(data: Path, path: Path, *stop: int) -> str:
+def on_two_processes(data: Path, path: Path, *stop: int, parallel: str = "fsdp") -> str:
     """Run tests/lm_processes.py under torchrun, on a port of its own; return what it printed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tests.lm_processes"]
     done = subprocess.run(
-        [sys.executable, *command, str(data), str(path), "fsdp", *map(str, stop)],
+        [sys.executable, *command, str(data), str(path), parallel, *map(str, stop)],
         capture_output=True, text=True, cwd=ROOT, env=environment, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -284,6 +285,19 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_bits(data: Path, tmp_p
     on_two_processes(data, tmp_path / "run")
     assert same(weights(tmp_path / "run" / "model"), weights(tmp_path / "whole" / "model"))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_another_number_of_processes_goes_on_or_is_refused(data: Path, tmp_path: Path, monkeypatch):
+    """One process to two: not with FSDP2; with weights whole on each, the same run but for the rounding of sums."""
+    train(spread(), tmp_path / "whole", data, options=OPTIONS)
+    with monkeypatch.context() as patched:
+        acting(patched, 3, lambda **_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            train(spread(), tmp_path / "run", data, options=OPTIONS)
+    said = on_two_processes(data, tmp_path / "run")
+    assert "checkpoint-3 was written without FSDP2; go on without FSDP2" in said
+    on_two_processes(data, tmp_path / "run", parallel="ddp")
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
 def test_a_weight_that_was_lost_on_the_way_is_noticed(data: Path, tmp_path: Path, monkeypatch):

@@ -69,7 +69,8 @@ class Options:
             raise UsageError(f"minutes must be positive, got {self.minutes}")
         for package in ("transformers", "accelerate", *self.trackers):
             if find_spec(package) is None:
-                raise UsageError(f"{package} is not installed: pip install 'statetrack[lm]' {package}")
+                extra = "wandb" if package == "wandb" else "lm"
+                raise UsageError(f"{package} is not installed: pip install 'statetrack[{extra}]'")
 
 
 def train(
