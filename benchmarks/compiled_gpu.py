@@ -233,7 +233,10 @@ def main() -> None:
         card = place.removeprefix("NVIDIA ").split()[0].lower()
     else:
         place, card = f"a CPU ({platform.machine()}, {torch.get_num_threads()} thread(s) of torch)", "cpu"
-    command = "python " + shlex.join(sys.argv)
+    words = sys.argv[:]
+    if "--out" in words:  # a folder of this machine says nothing to others
+        words[words.index("--out") + 1] = "DIR"
+    command = "python " + shlex.join(words)
     texts = [f"# Compiled automata on {place}, torch {torch.__version__}, {date.today()}\n\n    {command}\n"]
     print(texts[0])
     for make in sections(args):

@@ -1,4 +1,4 @@
-"""What `ops_cpu.py` measures: its inputs, our ops, and the peers behind the signatures of ours.
+"""What `ops_cpu.py` measures: inputs, our ops, the peers behind the signatures of ours, and on which machine.
 
 fla-core       `naive_chunk_gated_delta_rule`, `naive_recurrent_gla`, `dplr_recurrence` and `dplr_chunkwise`, each
                function alone: importing the package needs Triton and a GPU, and transformers computes otherwise where
@@ -15,10 +15,14 @@ from __future__ import annotations
 
 import ast
 import os
+import platform
+import re
 import tarfile
 import zipfile
 from collections.abc import Callable
+from datetime import date
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +208,13 @@ def _function(source: str, wanted: str) -> Any:
     names: dict[str, Any] = {"torch": torch, "F": F, "rearrange": rearrange, "repeat": repeat}
     exec(compile(module, wanted, "exec"), names)
     return names[wanted]
+
+
+def machine(archives: Path) -> str:
+    """Return what was measured, where and when."""
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    unpacked = ", ".join(" ".join(path.name.removesuffix(".tar.gz").split("-")[:2]) for path in archives.glob("*_*-*"))
+    processor = found[1] if found else platform.processor()
+    packages = ", ".join(f"{name} {version(name)}" for name in ("statetrack", "torch", "transformers", "mambapy"))
+    load = f"{os.getloadavg()[0]:.1f} before the run"
+    return f"{processor}, {torch.get_num_threads()} threads, load {load}; {packages}, {unpacked}; {date.today()}"

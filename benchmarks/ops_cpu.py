@@ -20,16 +20,13 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
-import platform
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,6 +42,7 @@ from cpu_peers import (
     delta_rule_ours,
     forward,
     implementations,
+    machine,
     scan_inputs,
     selective_scan_ours,
 )
@@ -309,16 +307,6 @@ def _asked_of_peers(title: str, rows: Rows) -> list[Asked]:
     return [*asked, (f"{title}, memory over inputs+outputs+gradients", value, "at most", 2.0)]
 
 
-def machine(archives: Path) -> str:
-    """Return what was measured, where and when."""
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    unpacked = ", ".join(" ".join(path.name.removesuffix(".tar.gz").split("-")[:2]) for path in archives.glob("*_*-*"))
-    processor = found[1] if found else platform.processor()
-    packages = ", ".join(f"{name} {version(name)}" for name in ("statetrack", "torch", "transformers", "mambapy"))
-    load = f"{os.getloadavg()[0]:.1f} before the run"
-    return f"{processor}, {torch.get_num_threads()} threads, load {load}; {packages}, {unpacked}; {date.today()}"
-
-
 def main() -> None:
     """Measure what was asked for and write the report."""
     a = arguments()
@@ -391,9 +379,8 @@ def arguments() -> argparse.Namespace:
     if full and a.out is None:
         a.out = ROOT / "benchmarks/results/ops_cpu"
     words = (["--only", *a.only] if set(a.only) != set(parts) else []) + (["--quick"] if a.quick else [])
-    a.command = " ".join(["python benchmarks/ops_cpu.py", *words]) if words else "make bench-cpu"
-    if "BACKEND" in os.environ:
-        a.command = f"BACKEND={BACKEND} {a.command}"
+    chosen = [f"BACKEND={BACKEND}"] if "BACKEND" in os.environ else []
+    a.command = "make bench-cpu" if full else " ".join([*chosen, "python benchmarks/ops_cpu.py", *words])
     return a
 
 

@@ -94,16 +94,21 @@ def scores_of(q, k, tile, rows, K, C: tl.constexpr, BK: tl.constexpr, NK: tl.con
 
 
 @triton.jit
+def part_of(starts, slots, T, c_lo, n_chunks, HK, parts, C: tl.constexpr, VARLEN: tl.constexpr):
+    """Return the program's chunk, key head and part of its value heads; its first token, and how many it has."""
+    here = tl.program_id(0) // (HK * parts)
+    s, c = chunk_of(here, slots, c_lo, n_chunks, VARLEN)
+    token, tokens = span(s, c, starts, T, C, VARLEN)
+    return here, tl.program_id(0) // parts % HK, tl.program_id(0) % parts, token, tokens
+
+
+@triton.jit
 def scores_head(
     q, k, G, P, starts, slots, T, c_lo, n_chunks, HK, HV, K, R, parts,
     C: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Write one chunk's scores P for R of the value heads that share a key head."""
-    here = tl.program_id(0) // (HK * parts)
-    hk = tl.program_id(0) // parts % HK
-    part = tl.program_id(0) % parts
-    s, c = chunk_of(here, slots, c_lo, n_chunks, VARLEN)
-    token, tokens = span(s, c, starts, T, C, VARLEN)
+    here, hk, part, token, tokens = part_of(starts, slots, T, c_lo, n_chunks, HK, parts, C, VARLEN)
     i = tl.arange(0, C)
     scores = scores_of(q, k, (token * HK + hk) * K + i * (HK * K), i < tokens, K, C, BK, NK, EXACT)
     for r in tl.range(R):
@@ -120,11 +125,7 @@ def pairs_head(
     VARLEN: tl.constexpr, FULL: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write one chunk's dP L, summed over R of the value heads that share a key head, and each head's sums of X L."""
-    here = tl.program_id(0) // (HK * parts)
-    hk = tl.program_id(0) // parts % HK
-    part = tl.program_id(0) % parts
-    s, c = chunk_of(here, slots, c_lo, n_chunks, VARLEN)
-    token, tokens = span(s, c, starts, T, C, VARLEN)
+    here, hk, part, token, tokens = part_of(starts, slots, T, c_lo, n_chunks, HK, parts, C, VARLEN)
     i = tl.arange(0, C)
     rows = i < tokens
     low: tl.constexpr = shared.dtype.element_ty
@@ -158,11 +159,7 @@ def gather_head(
     VARLEN: tl.constexpr, FULL: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write BK channels of one chunk's dq and dk, summed over R heads of a key head, and their part of y, z, c."""
-    here = tl.program_id(0) // (HK * parts)
-    hk = tl.program_id(0) // parts % HK
-    part = tl.program_id(0) % parts
-    s, c = chunk_of(here, slots, c_lo, n_chunks, VARLEN)
-    token, tokens = span(s, c, starts, T, C, VARLEN)
+    here, hk, part, token, tokens = part_of(starts, slots, T, c_lo, n_chunks, HK, parts, C, VARLEN)
     i = tl.arange(0, C)
     d = tl.program_id(1) * BK + tl.arange(0, BK)
     rows = i < tokens

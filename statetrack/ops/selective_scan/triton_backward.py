@@ -22,6 +22,7 @@ from statetrack.ops.selective_scan.triton_forward import (
     load_states,
     store_own,
     store_states,
+    threads,
     times,
     widen,
 )
@@ -48,12 +49,7 @@ def adjoint(
     DL: tl.constexpr = N // G
     R: tl.constexpr = max(1, TOK // G)
     Q: tl.constexpr = max(1, G // TOK)
-    lane = tl.arange(0, N)
-    g = lane % G
-    blocks = tl.cdiv(D, CH * DL)
-    s = tl.program_id(0) // blocks
-    d = tl.program_id(0) % blocks * (CH * DL) + lane // G
-    first = g // Q * R
+    s, _, lane, g, d, first = threads(D, CH, G, N, R, Q)
     at = first * D + d
     if VARLEN:
         total = tl.load(starts + s + 1) - tl.load(starts + s)
@@ -107,13 +103,7 @@ def backward(
     Q: tl.constexpr = max(1, G // TOK)
     WIDE: tl.constexpr = 2 * G * K
     SPAN: tl.constexpr = SUB * TOK
-    lane = tl.arange(0, N)
-    g = lane % G
-    blocks = tl.cdiv(D, CH * DL)
-    s = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    d = block * (CH * DL) + lane // G
-    first = g // Q * R
+    s, block, lane, g, d, first = threads(D, CH, G, N, R, Q)
     at = first * D + d
     if VARLEN:
         total = tl.load(starts + s + 1) - tl.load(starts + s)

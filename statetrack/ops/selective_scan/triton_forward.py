@@ -39,6 +39,16 @@ def columns(x, K: tl.constexpr):
 
 
 @triton.jit
+def threads(D, CH: tl.constexpr, G: tl.constexpr, N: tl.constexpr, R: tl.constexpr, Q: tl.constexpr):
+    """Return the program's sequence and block, and each thread's number, group, first channel and first token."""
+    lane = tl.arange(0, N)
+    g = lane % G
+    blocks = tl.cdiv(D, CH * (N // G))
+    block = tl.program_id(0) % blocks
+    return tl.program_id(0) // blocks, block, lane, g, block * (CH * (N // G)) + lane // G, g // Q * R
+
+
+@triton.jit
 def load_states(p, g, d, M, D: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, DL: tl.constexpr):
     """Load a thread's part of [M D]: the K states of channel d, then of the next; 0 where there is none."""
     out = ()
@@ -183,12 +193,7 @@ def forward(
     DL: tl.constexpr = N // G
     R: tl.constexpr = max(1, TOK // G)
     Q: tl.constexpr = max(1, G // TOK)
-    lane = tl.arange(0, N)
-    g = lane % G
-    blocks = tl.cdiv(D, CH * DL)
-    s = tl.program_id(0) // blocks
-    d = tl.program_id(0) % blocks * (CH * DL) + lane // G
-    first = g // Q * R
+    s, _, lane, g, d, first = threads(D, CH, G, N, R, Q)
     at = first * D + d
     if VARLEN:
         total = tl.load(starts + s + 1) - tl.load(starts + s)
