@@ -1,10 +1,12 @@
 """The delta rule on one GPU: ours beside fla-core's and FlashQLA's kernels, interleaved in one run.
 
-    python benchmarks/delta_rule_gpu.py [--out FILE.md] [--only N1 T32k N2 N4 key tracking] [--long] [--no-peers]
+    python benchmarks/delta_rule_gpu.py [--out FILE.md] [--only N1 T32k N2 N4 key decode tracking] [--long]
+        [--no-peers]
 
 Needs a CUDA device and Triton; a peer that is not installed is left out (fla-core 0.6.0, flash-qla 0.1.3). Times are
 medians of device events, the implementations taking turns; peak memory is above what is allocated before the call, the
-previous gradients included; the first call's time is wall-clock, compilation included.
+previous gradients included; the first call's time is wall-clock, compilation included. Decoding: a CUDA graph of 64
+single tokens that update a float32 state in place; the floor is one read and one write of the state at 4.8 TB/s.
 """
 
 from __future__ import annotations
@@ -12,14 +14,17 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
-from gpu_turns import Contender, report, take_turns
+from gpu_turns import Contender, device_ms, report, take_turns
 from tables import Rows, table
 
 from statetrack.ops import delta_rule
+from statetrack.ops.delta_rule.triton import delta_rule_step_
 
+BANDWIDTH = 4.8e12  # bytes per second, H200
 SHAPES = {  # B, T, H, K = V, N
     "N1": (8, 4096, 16, 128, 1),
     "T32k": (1, 32768, 16, 128, 1),
@@ -116,6 +121,24 @@ def compare(shape, peers: bool, per_key: bool = False) -> Rows:
     return take_turns({name: Contender(partial(f, *x), x) for name, f in available(peers).items()}, d_out)
 
 
+def decode(batches, H=16, D=128, steps=64) -> Rows:
+    """Time single tokens, recorded as one CUDA graph, beside what moving the state takes."""
+    rows = []
+    for B in batches:
+        q, k, v, beta = (x.detach() for x in inputs(B, 1, H, D, 1))
+        state = torch.zeros(B, H, D, D, device="cuda")
+        step = partial(delta_rule_step_, q, k, v, beta, None, state, D**-0.5)
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(steps):
+                step()
+        microseconds = median(device_ms(graph.replay) for _ in range(5)) / steps * 1e3
+        floor = 2 * state.numel() * 4 / BANDWIDTH * 1e6
+        rows.append({"batch": B, "us per token": microseconds, "floor us": floor, "times": microseconds / floor})
+    return rows
+
+
 def tracking(lengths, peers: bool, dtype=torch.bfloat16, H=2, D=128) -> Rows:
     """Measure the state's error after reflections along 8 directions, one write at the start, against float64."""
     torch.manual_seed(0)
@@ -170,6 +193,8 @@ def measure(name: str, args: argparse.Namespace) -> str:
         lengths = [4096, 65536] + ([1048576] if args.long else [])
         text = table("state error while tracking (beta = 2, 8 directions)", tracking(lengths, args.peers))
         return text + "\n" + table("the same, float32 inputs", tracking(lengths[:2], args.peers, torch.float32))
+    if name == "decode":
+        return table("one token: H=16 K=V=128 N=1, bf16, state float32", decode([1, 8, 64]))
     B, T, H, D, N = SHAPES[name]
     title = f"B={B} T={T} H={H} K=V={D} N={N}, bf16" + (", decay per key channel" if name == "key" else "")
     return table(title, compare(SHAPES[name], args.peers, per_key=name == "key"))
@@ -178,7 +203,8 @@ def measure(name: str, args: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", nargs="+", choices=[*SHAPES, "tracking"], default=[*SHAPES, "tracking"])
+    names = [*SHAPES, "decode", "tracking"]
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--long", action="store_true", help="tracking error up to a million tokens")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="ours only")
     args = parser.parse_args()
