@@ -3,10 +3,11 @@
     python benchmarks/compiled_gpu.py --out DIR
     python benchmarks/compiled_gpu.py --device cpu --tokens 65536 --threads 1
     python benchmarks/compiled_gpu.py --only parity --set ROWS=8192 --profile
+    python benchmarks/compiled_gpu.py --only "32 random states" --tokens 65536 --batches 1 64
 
 One sequence of 2^24 random letters, and the same letters as batches of 64 and 1024 sequences. The network answers with
-the automaton's state after every token: one text is cut into segments that run side by side (compiler/network.py), a
-batch of more than 16 is not. The tokens are int64 and lie on the device; "with copies" begins with bytes in the CPU's
+the automaton's state after every token: one text is cut into segments that run side by side (compiler/segments.py),
+a batch of more than 16 is not. The tokens are int64 and lie on the device; "with copies" begins with bytes in the CPU's
 memory and ends with the states there.
 
 The table is stepped by one core: a loop compiled by Numba over bytes, one addition and one look-up a letter, one
@@ -37,19 +38,21 @@ from torch import Tensor
 
 from statetrack import CompiledAutomaton, compile
 from statetrack.automata import Automaton
-from statetrack.compiler import network
+from statetrack.compiler import network, segments
 from statetrack.compiler.compiled import DTYPES
 
-AUTOMATA = {  # what is compiled, its alphabet, and the letters that are drawn ("": all)
+RANDOM = Automaton(np.random.default_rng(0).integers(0, 40, (40, 2)), accepting=frozenset(range(0, 40, 2)))
+AUTOMATA: dict[str, tuple[str | Automaton, str, str]] = {  # what is compiled, its alphabet, the letters drawn ("": all)
     "parity": ("(0*10*1)*0*", "01", ""),
     "S5": ("group:S5_swaps", "bytes", ""),
     "5th last is a": ("[ab]*a[ab]{4}", "ab", ""),
     "a date in a text": (r"contains:\d{4}-\d{2}-\d{2}", "bytes", "0123456789-"),
+    "32 random states": (RANDOM, "bytes", ""),  # Zeiger's chain, 31 layers; only where asked for
 }
 BATCHES = (1, 64, 1024)
 TURNS = 5
 ABREAST = 8
-CONSTANTS = ("PIECE", "FEW", "ROWS", "SEGMENT", "WIDEST")  # of compiler/network.py
+CONSTANTS = {"PIECE": network, "FEW": segments, "ROWS": segments, "SEGMENT": segments, "WIDEST": segments}
 
 Step = Callable[[np.ndarray, int, np.ndarray, int, np.ndarray], None]
 """Takes the entries, each a state's row; how many bits a row has; letters [B T], the start, and states to fill in."""
@@ -205,7 +208,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=1 << 24, help="in all (default: 2^24)")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="numbers of sequences")
-    parser.add_argument("--only", nargs="+", choices=[*AUTOMATA], default=[*AUTOMATA])
+    parser.add_argument("--only", nargs="+", choices=[*AUTOMATA], default=[*AUTOMATA][:-1])
     parser.add_argument("--dtypes", nargs="+", choices=[*DTYPES], default=["bfloat16", "float32"], help="of the keys")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--turns", type=int, default=TURNS)
@@ -219,7 +222,7 @@ def arguments() -> argparse.Namespace:
         constant, _, value = change.partition("=")
         if constant not in CONSTANTS or not value.isdigit():
             parser.error(f"--set takes NAME=VALUE for {', '.join(CONSTANTS)}, got {change!r}")
-        setattr(network, constant, int(value))
+        setattr(CONSTANTS[constant], constant, int(value))
     return args
 
 

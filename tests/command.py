@@ -1,7 +1,7 @@
 """Command lines run inside a test, and stopped in the middle."""
 
-import os
 import shlex
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,14 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def signals_after(calls: int, function: Callable[..., Any], signum: int) -> Callable[..., Any]:
-    """Return the function, sending this process a signal once, after so many calls."""
+    """Return the function, sending this thread a signal once, after so many calls."""
 
     def counted(*positional: Any, **named: Any) -> Any:
         nonlocal calls
         calls -= 1
         result = function(*positional, **named)
         if calls == 0:
-            os.kill(os.getpid(), signum)
+            signal.raise_signal(signum)
         return result
 
     return counted

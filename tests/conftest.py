@@ -1,6 +1,7 @@
 """Set up for every test: Triton's interpreter where there is no GPU, poisoned memory, reproducible draws."""
 
 import os
+import signal
 import sys
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -35,6 +36,7 @@ jaxtyping.install_import_hook("statetrack", "tests.conftest.check_types")
 sys.meta_path.insert(0, AsWritten)
 settings.register_profile("statetrack", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("statetrack")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what it starts in the background
 torch.set_num_threads(1)  # pytest-xdist runs one worker per core
 
 

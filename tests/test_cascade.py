@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from statetrack import compile
 from statetrack.automata import Automaton
 from statetrack.automata.verdicts import lower_bounds
-from statetrack.compiler import CompiledAutomaton
+from statetrack.compiler import CompiledAutomaton, segments
+from statetrack.compiler import zeiger as zeigers
 from statetrack.compiler.assembly import chain
 from statetrack.compiler.cascade import Limit, TooLarge, extend, nothing_known, view
 from statetrack.compiler.compiled import Blueprint
@@ -207,6 +208,32 @@ def test_the_chain_is_the_automaton(automaton: Automaton, structure: str, keys: 
     np.testing.assert_array_equal(torch.cat([first, second], 1).numpy(), automaton.emits[automaton.run(x)])
     assert network.depth == network.automaton.states - 1
     assert network.certificate("bfloat16", "chunk").passed
+
+
+@settings(max_examples=40)
+@given(
+    automaton=automata(),
+    structure=st.sampled_from(["householder", "gated"]),
+    keys=st.sampled_from(["integer", "unit"]),
+    batch=st.integers(1, 3),
+    length=st.integers(0, 200),
+    segment=st.integers(1, 9),
+)
+def test_segments_of_a_chain_side_by_side_are_the_sequence(
+    automaton: Automaton, structure: str, keys: str, batch: int, length: int, segment: int
+):
+    network = zeiger(automaton, structure, keys)
+    x = torch.randint(automaton.alphabet, (batch, length + 7), generator=torch.Generator().manual_seed(length))
+    state = network(x[:, :7])[1]
+    whole, plain = network(x[:, 7:], state)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zeigers, "CUT_ON", ("cpu",))
+        patch.setattr(segments, "SEGMENT", segment)
+        said, after = network(x[:, 7:], state)
+        np.testing.assert_array_equal(network.states(x, backend="chunk").numpy(), network.automaton.run(x))
+    assert torch.equal(said, whole)
+    for mine, its in zip(after.stages, plain.stages, strict=True):
+        assert torch.equal(mine.memory, its.memory) and torch.equal(mine.below, its.below)
 
 
 @settings(max_examples=40)

@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from statetrack import compile
 from statetrack.automata import Automaton
 from statetrack.automata.verdicts import lower_bounds
-from statetrack.compiler import CompiledAutomaton
-from statetrack.compiler import network as networks
+from statetrack.compiler import CompiledAutomaton, segments
 from statetrack.errors import UsageError
 from tests.languages import LANGUAGES
 from tests.test_automata import automata
@@ -191,10 +190,10 @@ def test_segments_side_by_side_are_the_sequence(
     state = compiled(x[:, : length // 3])[1]
     want = compiled.automaton.run(x)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(networks, "FEW", 0)
+        patch.setattr(segments, "FEW", 0)
         whole, plain = compiled(x[:, length // 3 :], state, backend="reference")
-        patch.setattr(networks, "FEW", 4)
-        patch.setattr(networks, "SEGMENT", 1 + seed)
+        patch.setattr(segments, "FEW", 4)
+        patch.setattr(segments, "SEGMENT", 1 + seed)
         said, after = compiled(x[:, length // 3 :], state, backend="reference")
         np.testing.assert_array_equal(compiled.states(x, backend="chunk").numpy(), want)
     assert torch.equal(said, whole)

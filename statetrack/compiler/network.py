@@ -4,15 +4,13 @@ A stage looks up, for the letter and what the layers below knew before it, the f
 is a parallel scan over the tokens; and decodes what the heads read. Nothing in it is approximate: keys are small
 integers or halves, so that states stay in {0, 1} to the last bit.
 
-A long sequence with few beside it is cut into segments that run side by side, each from all unit vectors and zero at
-once: a head's operations are affine, so what they give for its true start is a sum of what they give for these.
-
-Letters: B batch, T tokens, P segments, R rows (one per head and reading), F factors per token, K key dim, W coordinates
-of the widest head, V value dim, E events, Q states of the automaton.
+Letters: B batch, T tokens, R rows (one per head and reading), F factors per token, K key dim, V value dim, E events, Q
+states of the automaton.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,12 +21,11 @@ from torch import Tensor, nn
 from statetrack.automata import Automaton
 from statetrack.compiler.assembly import Stage, groups, rows_of
 from statetrack.compiler.operations import Merge, Style
+from statetrack.compiler.segments import Units
 from statetrack.errors import UsageError
 from statetrack.ops import delta_rule, dplr
 
 PIECE = 1 << 24  # numbers in the keys of one call of an op
-FEW, ROWS, SEGMENT, WIDEST = 16, 4096, 64, 40
-"""So many sequences are cut into segments, so many of these side by side; the shortest; the widest head"""
 LOOP, SMALL = 128, 100
 """On a CPU a loop over tokens is faster than chunks for so many sequences side by side and so small a memory of each"""
 
@@ -51,8 +48,7 @@ class StageLayer(nn.Module):
     log_decay: Tensor
     query: Tensor
     first: Tensor
-    units: Tensor
-    places: Tensor
+    units: Units
 
     def __init__(self, stage: Stage, style: Style):
         super().__init__()
@@ -78,17 +74,7 @@ class StageLayer(nn.Module):
         self.resets = bool(torch.isinf(log_decay).any())
         letters = torch.tensor([head.letters for head, _ in rows])
         self._store(letters, stage, keys=keys, values=values, beta=beta, log_decay=log_decay, query=query, first=first)
-        self._store_units([(head.width, style.copies(head)) for head, _ in rows])
-
-    def _store_units(self, rows: list[tuple[int, int]]) -> None:
-        """Make a row's unit vectors, every coordinate with its copies, and last zero; they are not saved."""
-        K, W = self.query.shape[1], max(width for width, _ in rows)
-        units, places = torch.zeros(len(rows), K, W + 1), torch.zeros(len(rows), W, dtype=torch.long)
-        for r, (width, n) in enumerate(rows):
-            units[r, : n * width, :width] = torch.eye(width).repeat_interleave(n, dim=0)
-            places[r, :width] = n * torch.arange(width)
-        self.register_buffer("units", units, persistent=False)
-        self.register_buffer("places", places, persistent=False)
+        self.units = Units(K, [(head.width, style.copies(head)) for head, _ in rows])
 
     def _store(self, letters: Tensor, stage: Stage, **tensors: Tensor) -> None:
         self.register_buffer("letters", letters)  # [R codes letters] -> operation
@@ -102,7 +88,7 @@ class StageLayer(nn.Module):
     def tokens_at_once(self) -> int:
         """How many tokens of one sequence the op takes in one call."""
         _, F, R, K = self.keys.shape
-        return max(1, PIECE // (R * max(F * K, self.units.shape[-1])))
+        return max(1, PIECE // (R * max(F * K, self.units.number)))
 
     def init_state(self, batch: int, below: int) -> StageState:
         """Return the state before the first letter; `below` is what the layers below know there."""
@@ -121,33 +107,9 @@ class StageLayer(nn.Module):
         for start in range(0, x.shape[1], step):
             part = slice(start, start + step)
             events = self.letters[:, before[:, part], x[:, part]].movedim(0, -1)  # [B T R]
-            o, memory = self.scan_segments(events, memory, backend)
+            o, memory = self.units.scan_segments(partial(self.scan, backend=backend), events, memory)
             read.append(o)
         return self.decode(known, torch.cat(read, dim=1)), StageState(memory, known[:, -1].clone())
-
-    def scan_segments(
-        self, events: Int[Tensor, "B T R"], memory: Float[Tensor, "B R K V"], backend: str
-    ) -> tuple[Float[Tensor, "B T R V"], Float[Tensor, "B R K V"]]:
-        """Return what `scan` does, having cut long sequences into segments."""
-        (B, T, R), K = events.shape, memory.shape[2]
-        P = min(ROWS // B, T // SEGMENT) if B <= FEW and K <= WIDEST else 1
-        if P <= 1:
-            return self.scan(events, memory, backend)
-        length, units = T // P, self.units.float().expand(B * P, *self.units.shape).contiguous()
-        o, ends = self.scan(events[:, : P * length].reshape(B * P, length, R), units, backend)
-        o, ends = o.float(), ends.float().unflatten(0, (B, P))
-        starts, last = follow_segments(self._coordinates(ends), self._coordinates(memory.float()))
-        read = o[..., -1:] + torch.einsum("nlrw,nrwv->nlrv", o[..., :-1] - o[..., -1:], starts.flatten(0, 1))
-        read, memory = read.reshape(B, P * length, R, -1), self.units[..., :-1].float() @ last
-        if P * length == T:
-            return read, memory
-        rest, memory = self.scan(events[:, P * length :], memory, backend)
-        return torch.cat([read, rest], dim=1), memory
-
-    def _coordinates(self, memory: Float[Tensor, "*batch R K V"]) -> Float[Tensor, "*batch R W V"]:
-        """Return a memory in terms of the unit vectors: the first of each coordinate's copies."""
-        index = self.places[..., None].expand(*memory.shape[:-2], -1, memory.shape[-1])
-        return memory.gather(-2, index)
 
     def scan(
         self, events: Int[Tensor, "B T R"], memory: Float[Tensor, "B R K V"], backend: str
@@ -221,7 +183,7 @@ class MapLayer(StageLayer):
         first[:, list(head.start[0])] = 1
         query = torch.tensor(rows, dtype=torch.float32)
         self._store(torch.tensor([head.letters] * len(rows)), stage, keys=a, b=b, query=query, first=first)
-        self._store_units([(K, 1)] * len(rows))
+        self.units = Units(K, [(K, 1)] * len(rows))
 
     def scan(
         self, events: Int[Tensor, "B T R"], memory: Float[Tensor, "B R K V"], backend: str
@@ -236,24 +198,6 @@ class MapLayer(StageLayer):
         options = {"scale": 1.0, "initial_state": memory, "backend": backend}
         o, memory = dplr(q.flatten(1, 2), torch.zeros_like(a), v, a, b, **options)
         return o.unflatten(1, (T, F))[:, :, -1], memory
-
-
-def follow_segments(
-    ends: Float[Tensor, "B P R W W_plus_1"], memory: Float[Tensor, "B R W V"]
-) -> tuple[Float[Tensor, "B P R W V"], Float[Tensor, "B R W V"]]:
-    """Return the memory before every segment, and after the last.
-
-    ends: where each segment takes the unit vectors and, last, zero. Maps are composed by doubling.
-    """
-    linear, constant = ends[..., :-1] - ends[..., -1:], ends[..., -1:]
-    step, P = 1, ends.shape[1]
-    while step < P:
-        after, before = linear[:, step:], slice(None, -step)
-        constant = torch.cat([constant[:, :step], after @ constant[:, before] + constant[:, step:]], dim=1)
-        linear = torch.cat([linear[:, :step], after @ linear[:, before]], dim=1)
-        step *= 2
-    reached = linear @ memory[:, None] + constant
-    return torch.cat([memory[:, None], reached[:, :-1]], dim=1), reached[:, -1]
 
 
 class State(NamedTuple):

@@ -20,6 +20,8 @@ reading), K key dim.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,9 +33,13 @@ from statetrack.compiler.compiled import Blueprint, CompiledAutomaton
 from statetrack.compiler.discrete import Search
 from statetrack.compiler.network import PIECE, StageState, State
 from statetrack.compiler.operations import UNITS, Head
+from statetrack.compiler.segments import Units
 from statetrack.ops import delta_rule
 
 WORD = 62  # bits of a set in one integer
+CUT_ON = ("cuda",)
+"""Where one text is cut into segments. On a CPU a factor takes as long for one text as for one of many, and cut texts
+take twice the time (docs/LOG.md)."""
 ARGUMENT = "Zeiger's chain:      right by induction over layers and letters (zeiger.py), if every factor is exact"
 
 
@@ -44,7 +50,7 @@ class ChainLayer(nn.Module):
     query: Tensor
     first: Tensor
 
-    def __init__(self, table: Int[np.ndarray, "Q L"], label: int, structure: str, keys: str):
+    def __init__(self, table: Int[np.ndarray, "Q L"], label: int, structure: str, keys: str, units: Units):
         super().__init__()
         self.gated, self.copies, self.unit = structure == "gated", 1 + (keys == "unit"), UNITS[keys]
         states = len(table)
@@ -54,6 +60,7 @@ class ChainLayer(nn.Module):
         self.query[:, :: self.copies] = weights
         self.register_buffer("first", torch.zeros(self.copies * states))
         self.first[self.copies * label : self.copies * (label + 1)] = 1
+        self.units = units
 
     def init_state(self, batch: int, below: Bool[Tensor, "Q"]) -> StageState:
         """Return the state before the first letter."""
@@ -71,7 +78,10 @@ class ChainLayer(nn.Module):
         step = max(1, PIECE // (len(self.moves) * self.query.numel() * x.shape[0]))
         for start in range(0, x.shape[1], step):
             part = slice(start, start + step)
-            o, memory = self.scan(*self.events(before[:, part], known[:, part], x[:, part]), memory, backend)
+            events, factors = self.events(before[:, part], known[:, part], x[:, part])
+            scan = partial(self.scan, factors=factors, backend=backend)
+            cut = memory.device.type in CUT_ON
+            o, memory = self.units.scan_segments(scan, events, memory) if cut else scan(events, memory)
             read.append(o)
         label = self.label(torch.cat(read, dim=1))
         return known.scatter(2, label[..., None], False), StageState(memory, known[:, -1].clone())
@@ -116,8 +126,8 @@ class ChainLayer(nn.Module):
     def scan(
         self,
         events: Int[Tensor, "B T"],
-        factors: tuple[Tensor, Tensor, Tensor, Tensor],
         memory: Float[Tensor, "B R K V"],
+        factors: tuple[Tensor, Tensor, Tensor, Tensor],
         backend: str,
     ) -> tuple[Float[Tensor, "B T R V"], Float[Tensor, "B R K V"]]:
         """Run the events' factors; return what is read after each token, and the new memory."""
@@ -197,7 +207,9 @@ class Chain(CompiledAutomaton):
         super().__init__(blueprint)
         table, states = self.merged.table, self.merged.states
         others = [q for q in range(states) if q != self.merged.start]
-        made = [ChainLayer(table, label, blueprint.structure, blueprint.keys) for label in others]
+        copies = 1 + (blueprint.keys == "unit")
+        units = Units(copies * states, [(states, copies)] * len(groups(Head(states, (), []))))
+        made = [ChainLayer(table, label, blueprint.structure, blueprint.keys, units) for label in others]
         self.layers = nn.ModuleList(made)
 
     @property
@@ -283,7 +295,7 @@ def compare_factors(layer: ChainLayer, backend: str) -> Comparison:
         number, others = number + good.numel(), others + int((~good).sum())
         memory = values[part].repeat_interleave(n, dim=1)[:, None].expand(-1, len(weights), -1, -1)
         events = torch.arange(len(part), device=layer.query.device)[:, None]
-        o, got = layer.scan(events, factors, memory.contiguous().to(events.device), backend)
+        o, got = layer.scan(events, memory.contiguous().to(events.device), factors, backend)
         unequal = (got.cpu() != want[part].repeat_interleave(n, dim=1)[:, None]).any(2)
         misread = (o[:, 0].cpu() != weights @ want[part]) & (want[part].sum(1, keepdim=True) <= 1)
         differ += int((unequal | misread).any(1).sum())
