@@ -5,6 +5,7 @@ import signal
 import sys
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -67,3 +68,14 @@ def shapes_are_checked(request: pytest.FixtureRequest):
 def generator() -> torch.Generator:
     """A seeded source of random numbers."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared text of a package of the standard library, for language models."""
+    from statetrack.lm.corpus import prepare
+    from tests.lm_runs import small
+
+    path = tmp_path_factory.mktemp("lm") / "data"
+    prepare(small().data, path)
+    return path

@@ -8,15 +8,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from statetrack.errors import UsageError
-from statetrack.lm.train import Options, leaving_group, train
+from statetrack.lm.train import leaving_group, train
 from statetrack.train import Interrupted
-from tests.test_lm_train import acting, spread
+from tests.lm_runs import OPTIONS, acting, spread
 
 
 def let_accelerate_shard_on_cpus() -> None:
@@ -42,7 +43,7 @@ if __name__ == "__main__":
         let_accelerate_shard_on_cpus()
     if stop and os.environ["RANK"] == "1":
         acting(pytest.MonkeyPatch(), int(stop[0]), lambda **_: os.kill(os.getpid(), signal.SIGINT))
-    options = Options(device="cpu", parallel=parallel, trackers=())
+    options = replace(OPTIONS, parallel=parallel)
     try:
         with leaving_group():
             train(spread(), Path(out), Path(data), options=options, resume=Path(out).exists())

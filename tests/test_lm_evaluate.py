@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import re
@@ -21,20 +20,11 @@ from torch.nn import functional as F
 from statetrack.errors import UsageError
 from statetrack.layers import DeltaProductConfig
 from statetrack.lm import evaluate
-from statetrack.lm.corpus import Corpus, Data, prepare
+from statetrack.lm.corpus import Corpus, prepare
 from statetrack.lm.generate import generate
-from statetrack.lm.train import Options, train
+from statetrack.lm.train import train
 from tests.command import Command
-from tests.test_lm_train import small
-
-TEXT = str(Path(asyncio.__file__).parent)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("lm") / "data"
-    prepare(Data(source=TEXT, tokenizer="bpe:300", tokens=60_000, validation=0.2), path)
-    return path
+from tests.lm_runs import OPTIONS, TEXT, small
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +32,7 @@ def run(data: Path, tmp_path_factory) -> Path:
     """A model that has begun to learn."""
     path = tmp_path_factory.mktemp("lm") / "run"
     recipe = small(mixers=(DeltaProductConfig(dim=32, heads=2),) * 2, steps=40, save_every=20)
-    train(recipe, path, data, options=Options(device="cpu", trackers=()))
+    train(recipe, path, data, options=OPTIONS)
     return path
 
 

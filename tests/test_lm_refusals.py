@@ -23,23 +23,14 @@ from statetrack.errors import UsageError
 from statetrack.layers import DeltaProductConfig
 from statetrack.lm.corpus import prepare
 from statetrack.lm.settings import Recipe
-from statetrack.lm.train import Options, train
+from statetrack.lm.train import train
 from tests.command import Command, the_line
-from tests.test_lm_train import ROOT, TEXT, small
-
-OPTIONS = Options(device="cpu", trackers=())
+from tests.lm_runs import OPTIONS, ROOT, TEXT, small
 
 
 def recipe(**changes) -> Recipe:
     mixers = (DeltaProductConfig(dim=32, heads=2),)
     return small(**{"mixers": mixers, "steps": 4, "evaluate_every": 4, **changes})
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("lm") / "data"
-    prepare(small().data, path)
-    return path
 
 
 @pytest.fixture(scope="module")
