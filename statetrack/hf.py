@@ -3,15 +3,18 @@
     config = StateTrackConfig(vocab_size=32000, hidden_size=1024, num_hidden_layers=24)
     model = StateTrackForCausalLM(config);   model.generate(...);   model.save_pretrained(DIR)
 
-Importing this module registers both with AutoConfig and AutoModelForCausalLM. transformers 5.17 and later.
+Importing this module registers both with AutoConfig and AutoModelForCausalLM; a saved model brings a file that imports
+it (`LOADER`), for those who load it with trust_remote_code=True. transformers 5.17 and later.
 
 Letters: B batch, T tokens, P tokens seen before, D width, V vocabulary, O outputs.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +35,13 @@ from statetrack.model import Block, Config, Model, State
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """what this transformers calls the cache in a model's output"""
+
+LOADER = "statetrack_loader.py"
+"""the file beside a saved model that transformers imports where trust_remote_code=True, and statetrack.hf was not"""
+LOADER_TEXT = '''"""Lets transformers load this model with trust_remote_code=True; pip install statetrack."""
+
+from statetrack.hf import StateTrackConfig, StateTrackForCausalLM
+'''
 
 Mixer = MixerConfig | dict[str, Any] | str
 
@@ -82,6 +92,19 @@ class StateTrackConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         super().__init__(**{"tie_word_embeddings": False, **kwargs})
+        module = LOADER.removesuffix(".py")
+        names = {"AutoConfig": "StateTrackConfig", "AutoModelForCausalLM": "StateTrackForCausalLM"}
+        self.auto_map = {auto: f"{module}.{name}" for auto, name in names.items()}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write config.json, and the file by which transformers finds this module."""
+        write_loader(Path(save_directory))
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Do nothing: transformers would copy this whole file beside the weights."""
+        del auto_class
 
     def model_config(self) -> Config:
         """Return the config of the `Model` inside; raise UsageError for settings that do not fit together."""
@@ -111,6 +134,12 @@ class StateTrackConfig(PreTrainedConfig):
             num_outputs=config.num_outputs,
             **kwargs,
         )
+
+
+def write_loader(path: Path) -> None:
+    """Write the file by which transformers finds this module into the directory of a model, made if absent."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / LOADER).write_text(LOADER_TEXT)
 
 
 def _mixer_dict(mixer: Mixer, dim: int) -> dict[str, Any]:
@@ -187,6 +216,11 @@ class StateTrackPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = True
     _no_split_modules = ["Block"]
     _is_stateful = True
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Do nothing: transformers would copy this whole file beside the weights."""
+        del auto_class
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         """Do not let transformers skip modules without parameters of their own, as it does for code outside of it."""

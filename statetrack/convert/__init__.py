@@ -26,7 +26,7 @@ from statetrack.compiler import CompiledAutomaton
 from statetrack.convert import fla, olmo_hybrid
 from statetrack.convert.keys import read_all, write_all
 from statetrack.errors import UsageError
-from statetrack.hf import StateTrackConfig, StateTrackForCausalLM
+from statetrack.hf import StateTrackConfig, StateTrackForCausalLM, write_loader
 from statetrack.model import Model
 from statetrack.runs import first_line, read_json, why_not_written
 
@@ -143,6 +143,8 @@ def write(checkpoint: Checkpoint, to: str, out: Path, force: bool = False) -> No
     try:
         temporary.mkdir()
         (temporary / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        if to == "statetrack":
+            write_loader(temporary)
         save_torch_state_dict(weights, temporary, metadata={"format": "pt"})
         for name in TOKENIZER:
             if checkpoint.source is not None and (checkpoint.source / name).exists():
