@@ -301,7 +301,7 @@ def test_key_decay_is_registered_with_torch(packed):
     names = ("q", "k", "v", "beta", "log_decay", "initial_state")
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     args = *(x[name].requires_grad_() for name in names), 0.3, packed, 2, True
-    torch.library.opcheck(key_kernels._forward, args, test_utils=utils)
+    torch.library.opcheck(key_kernels._forward.registered, args, test_utils=utils)
 
 
 @gpu_only

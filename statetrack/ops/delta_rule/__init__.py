@@ -90,8 +90,7 @@ def delta_rule(
     if initial_state is None:
         initial_state = q.new_zeros(len(lengths), v.shape[3], q.shape[-1], v.shape[-1], dtype=compute)
     initial_state = initial_state.to(compute)
-    if scale is None:
-        scale = float(q.shape[-1] ** -0.5)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if backend == "reference":
         log_decay = None if log_decay is None else log_decay.to(compute)
         cast = q.to(compute), k.to(compute), v.to(compute), beta.to(compute)

@@ -27,6 +27,7 @@ from statetrack.ops.delta_rule.triton_backward import gather, walk_back
 from statetrack.ops.delta_rule.triton_decode import step
 from statetrack.ops.delta_rule.triton_forward import ROWS, prepare, walk
 from statetrack.ops.layout import chunk_tables
+from statetrack.ops.triton_operator import operator
 
 BACKWARD_RANGES = 4  # the backward's workspace is about this fraction of one for the whole sequence
 MIN_RANGE = 8  # chunks
@@ -156,7 +157,7 @@ def walk_schedule(BK: int, BV: int, exact: bool) -> dict[str, int]:
     return {"num_warps": 8 if BK == 256 or BV == 128 else 4, "STAGES": 1 if BK == 256 else 2}
 
 
-@torch.library.custom_op("statetrack::delta_rule_forward", mutates_args=())
+@operator("statetrack::delta_rule_forward")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -235,7 +236,7 @@ def _(*args):
     return v.new_empty(v.shape[:2] + v.shape[3:]), state, saved, F, state.new_empty(path)
 
 
-@torch.library.custom_op("statetrack::delta_rule_backward", mutates_args=())
+@operator("statetrack::delta_rule_backward")
 def _backward(
     q: Tensor,
     k: Tensor,
@@ -346,7 +347,7 @@ def _run_backward(ctx, d_out, d_final, *_):
 _forward.register_autograd(_run_backward, setup_context=_save_for_backward)
 
 
-@torch.library.custom_op("statetrack::delta_rule_step", mutates_args=())
+@operator("statetrack::delta_rule_step")
 def _step(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -362,7 +363,7 @@ def _(*args):
     return v.new_empty(q.shape[0], 1, *v.shape[3:]), final
 
 
-@torch.library.custom_op("statetrack::delta_rule_step_", mutates_args=("state",))
+@operator("statetrack::delta_rule_step_", mutates=("state",))
 def delta_rule_step_(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor, scale: float
 ) -> Tensor:

@@ -23,6 +23,7 @@ from statetrack.ops.delta_rule.triton_forward import ROWS
 from statetrack.ops.delta_rule.triton_key_backward import gather_keys, walk_back_keys
 from statetrack.ops.delta_rule.triton_key_forward import prepare_keys, walk_keys
 from statetrack.ops.layout import chunk_tables
+from statetrack.ops.triton_operator import operator
 
 RANGES = 8  # a workspace is about this fraction of one for the whole sequence
 MIN_RANGE = 8  # chunks
@@ -131,7 +132,7 @@ def _evenly_strided(log_decay: Tensor) -> Tensor:
     return log_decay if even else log_decay.contiguous()
 
 
-@torch.library.custom_op("statetrack::delta_rule_key_decay_forward", mutates_args=())
+@operator("statetrack::delta_rule_key_decay_forward")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -175,7 +176,7 @@ def _(*args):
     return v.new_empty(v.shape[:2] + v.shape[3:]), state, saved, F
 
 
-@torch.library.custom_op("statetrack::delta_rule_key_decay_backward", mutates_args=())
+@operator("statetrack::delta_rule_key_decay_backward")
 def _backward(
     q: Tensor,
     k: Tensor,

@@ -83,8 +83,7 @@ def dplr(
     if initial_state is None:
         initial_state = q.new_zeros(len(lengths), v.shape[2], q.shape[-1], v.shape[-1], dtype=compute)
     initial_state = initial_state.to(compute)
-    if scale is None:
-        scale = float(q.shape[-1] ** -0.5)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if log_decay is None:
         log_decay = torch.zeros_like(a)
     if backend == "triton" or (backend == "auto" and q.is_cuda):

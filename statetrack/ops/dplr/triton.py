@@ -22,6 +22,7 @@ from statetrack.errors import UsageError
 from statetrack.ops.dplr.triton_chunk import gather, meet, prepare
 from statetrack.ops.dplr.triton_walk import step, walk, walk_back
 from statetrack.ops.layout import chunk_tables
+from statetrack.ops.triton_operator import operator
 
 CHUNK = 64
 RANGE_BYTES = 2**27  # of the states at the starts of a range's chunks
@@ -105,7 +106,7 @@ class _Plan:
         return self.S * self.HV, triton.cdiv(self.V, self.walk["BV"])
 
 
-@torch.library.custom_op("statetrack::dplr_forward", mutates_args=())
+@operator("statetrack::dplr_forward")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -161,7 +162,7 @@ def _(*args):
     return torch.empty_like(v, memory_format=torch.contiguous_format), state, saved
 
 
-@torch.library.custom_op("statetrack::dplr_backward", mutates_args=())
+@operator("statetrack::dplr_backward")
 def _backward(
     q: Tensor,
     k: Tensor,
@@ -232,7 +233,7 @@ def _run_backward(ctx, d_out, d_final, _):
 _forward.register_autograd(_run_backward, setup_context=_save_for_backward)
 
 
-@torch.library.custom_op("statetrack::dplr_step", mutates_args=())
+@operator("statetrack::dplr_step")
 def _step(
     q: Tensor,
     k: Tensor,
@@ -254,7 +255,7 @@ def _(*args):
     return torch.empty_like(args[2], memory_format=torch.contiguous_format), final
 
 
-@torch.library.custom_op("statetrack::dplr_step_", mutates_args=("state",))
+@operator("statetrack::dplr_step_", mutates=("state",))
 def dplr_step_(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, state: Tensor, scale: float
 ) -> Tensor:

@@ -75,8 +75,7 @@ def gated_linear_attention(
     if initial_state is None:
         initial_state = q.new_zeros(len(lengths), v.shape[2], q.shape[-1], v.shape[-1], dtype=compute)
     initial_state = initial_state.to(compute)
-    if scale is None:
-        scale = float(q.shape[-1] ** -0.5)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if backend == "triton" or (backend == "auto" and q.is_cuda):
         reason = _not_for_triton(q, v, decay)
         if reason is None:

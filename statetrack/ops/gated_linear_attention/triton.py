@@ -33,6 +33,7 @@ from statetrack.ops.gated_linear_attention.triton_head import (
 from statetrack.ops.gated_linear_attention.triton_key import gather_key, prepare_key
 from statetrack.ops.gated_linear_attention.triton_walk import FACTORS, end_of_segment, step, walk, walk_back
 from statetrack.ops.layout import chunk_tables
+from statetrack.ops.triton_operator import operator
 
 CHUNK = 64
 RANGE_BYTES = 2**27  # of the states at the starts of a range's chunks
@@ -167,7 +168,7 @@ def segments(programs: int, T: int) -> int:
     return count
 
 
-@torch.library.custom_op("statetrack::gated_linear_attention_forward", mutates_args=())
+@operator("statetrack::gated_linear_attention_forward")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -274,7 +275,7 @@ def _(*args):
     return torch.empty_like(v, memory_format=torch.contiguous_format), state, saved
 
 
-@torch.library.custom_op("statetrack::gated_linear_attention_backward", mutates_args=())
+@operator("statetrack::gated_linear_attention_backward")
 def _backward(
     q: Tensor,
     k: Tensor,
@@ -360,7 +361,7 @@ def _run_backward(ctx, d_out, d_final, _):
 _forward.register_autograd(_run_backward, setup_context=_save_for_backward)
 
 
-@torch.library.custom_op("statetrack::gated_linear_attention_step", mutates_args=())
+@operator("statetrack::gated_linear_attention_step")
 def _step(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     state = state.contiguous().float()
     final = torch.empty_like(state)
@@ -374,7 +375,7 @@ def _(*args):
     return torch.empty_like(v, memory_format=torch.contiguous_format), final
 
 
-@torch.library.custom_op("statetrack::gated_linear_attention_step_", mutates_args=("state",))
+@operator("statetrack::gated_linear_attention_step_", mutates=("state",))
 def gated_linear_attention_step_(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, scale: float) -> Tensor:
     """Take one token (T = 1) and update the float32 state [B H K V] in place; return o. No gradients."""
     if state.dtype != torch.float32 or not state.is_contiguous():

@@ -30,6 +30,7 @@ from statetrack.ops.layout import chunk_tables
 from statetrack.ops.selective_scan.triton_backward import adjoint, backward, unpack
 from statetrack.ops.selective_scan.triton_forward import forward, pack
 from statetrack.ops.selective_scan.triton_kernels import step
+from statetrack.ops.triton_operator import operator
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def _inner(state: Tensor) -> Tensor:
     return state.mT.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
-@torch.library.custom_op("statetrack::selective_scan_forward", mutates_args=())
+@operator("statetrack::selective_scan_forward")
 def _forward(
     u: Tensor,
     dt: Tensor,
@@ -236,7 +237,7 @@ def _(*args):
     return torch.empty_like(u, memory_format=torch.contiguous_format), state, saved
 
 
-@torch.library.custom_op("statetrack::selective_scan_backward", mutates_args=())
+@operator("statetrack::selective_scan_backward")
 def _backward(
     u: Tensor,
     dt: Tensor,
@@ -314,7 +315,7 @@ def _run_backward(ctx, dy, d_final, _):
 _forward.register_autograd(_run_backward, setup_context=_save_for_backward)
 
 
-@torch.library.custom_op("statetrack::selective_scan_step", mutates_args=())
+@operator("statetrack::selective_scan_step")
 def _step(
     u: Tensor,
     dt: Tensor,
@@ -339,7 +340,7 @@ def _(*args):
     return torch.empty_like(u, memory_format=torch.contiguous_format), final
 
 
-@torch.library.custom_op("statetrack::selective_scan_step_", mutates_args=("state",))
+@operator("statetrack::selective_scan_step_", mutates=("state",))
 def selective_scan_step_(
     u: Tensor,
     dt: Tensor,
