@@ -16,7 +16,10 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any test imports triton
 NEEDS = {
-    "triton": [f"test_{op}_triton.py" for op in ("delta_rule", "dplr", "gated_linear_attention", "selective_scan")],
+    "triton": [
+        "test_triton_launch.py",
+        *(f"test_{op}_triton.py" for op in ("delta_rule", "dplr", "gated_linear_attention", "selective_scan")),
+    ],
     "numba": ["test_numba.py"],
 }
 collect_ignore = [file for module, files in NEEDS.items() if find_spec(module) is None for file in files]

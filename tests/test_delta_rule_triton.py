@@ -20,8 +20,8 @@ from triton.runtime import interpreter
 
 from statetrack.errors import UsageError
 from statetrack.ops import delta_rule
-from statetrack.ops.delta_rule import triton as kernels
 from statetrack.ops.delta_rule import triton_key_decay as key_kernels
+from statetrack.ops.delta_rule import triton_plan as plans
 from statetrack.ops.delta_rule.triton import delta_rule_step_
 
 GPU = torch.cuda.is_available()
@@ -49,6 +49,16 @@ def bf16_products():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
         yield
+
+
+@pytest.fixture(autouse=True)
+def plans_are_made_anew():
+    """Some tests change the constants that plans are made from."""
+    for module in (plans, key_kernels):
+        module._plan.cache_clear()
+    yield
+    for module in (plans, key_kernels):
+        module._plan.cache_clear()
 
 
 def draw(B=1, T=70, N=1, heads=(1, 1), K=16, V=16, dtype=F32, gate="", lengths=None, unit=True) -> dict[str, Any]:
@@ -203,16 +213,16 @@ def test_every_number_of_factors(N, gate):
 
 @pytest.mark.parametrize("N, dtype, gate", [(1, F32, "decay"), (2, BF16, "resets")])
 def test_segments_equal_one_walk(N, dtype, gate, monkeypatch):
-    monkeypatch.setattr(kernels, "MIN_SEGMENT", 1)
-    assert kernels.segments(1, 512 // N, 64 // N) == 8
+    monkeypatch.setattr(plans, "MIN_SEGMENT", 1)
+    assert plans.segments(1, 512 // N, 64 // N) == 8
     check(draw(T=512 // N, N=N, K=16, V=32, dtype=dtype, gate=gate))
 
 
 def test_segments_are_chosen_only_where_the_gpu_would_idle():
-    assert kernels.segments(128, 32768, 64) == 1
-    assert kernels.segments(16, 32768, 64) == 8
-    assert kernels.segments(16, 32768 + 1, 64) == 1
-    assert kernels.segments(16, 2048, 64) == 1
+    assert plans.segments(128, 32768, 64) == 1
+    assert plans.segments(16, 32768, 64) == 8
+    assert plans.segments(16, 32768 + 1, 64) == 1
+    assert plans.segments(16, 2048, 64) == 1
 
 
 @pytest.mark.parametrize("B, gate", [(1, ""), (3, "decay"), (2, "key decay"), (2, "key strong resets")])

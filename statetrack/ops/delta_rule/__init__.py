@@ -87,15 +87,7 @@ def delta_rule(
     lengths = _check_shapes(q, k, v, beta, log_decay, initial_state, cu_seqlens)
     check_same_dtype(q=q, k=k, v=v)
     compute = torch.float64 if torch.float64 in (q.dtype, beta.dtype) else torch.float32
-    if initial_state is None:
-        initial_state = q.new_zeros(len(lengths), v.shape[3], q.shape[-1], v.shape[-1], dtype=compute)
-    initial_state = initial_state.to(compute)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    if backend == "reference":
-        log_decay = None if log_decay is None else log_decay.to(compute)
-        cast = q.to(compute), k.to(compute), v.to(compute), beta.to(compute)
-        o, state = delta_rule_reference(*cast, log_decay, scale, initial_state, lengths)
-        return o.to(v.dtype), state
     if backend == "triton" or (backend == "auto" and q.is_cuda):
         reason = _not_for_triton(q, k, v)
         if reason is None:
@@ -103,6 +95,14 @@ def delta_rule(
             return run(q, k, v, beta, log_decay, scale, initial_state, lengths, precision)
         if backend == "triton":
             raise UsageError(f'backend="triton" {reason}; use backend="chunk"')
+    if initial_state is None:
+        initial_state = q.new_zeros(len(lengths), v.shape[3], q.shape[-1], v.shape[-1], dtype=compute)
+    initial_state = initial_state.to(compute)
+    if backend == "reference":
+        log_decay = None if log_decay is None else log_decay.to(compute)
+        cast = q.to(compute), k.to(compute), v.to(compute), beta.to(compute)
+        o, state = delta_rule_reference(*cast, log_decay, scale, initial_state, lengths)
+        return o.to(v.dtype), state
     if numba_chosen(backend, q):
         from statetrack.ops.delta_rule.numba import delta_rule_numba
 

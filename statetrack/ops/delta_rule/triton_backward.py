@@ -53,7 +53,10 @@ def walk_back(
     total, base, last = stretch(s, starts, bases, T, c_lo, c_hi, C, VARLEN)
     tile = (sh.to(tl.int64) * K + d[None, :]) * V + e[:, None]
     # every adjoint is held divided by `scale`, so that dO enters the products as stored
-    DT = tl.load(d_final + tile, mask=in_v[:, None] & in_k[None, :], other=0.0) / scale
+    if d_final is None:
+        DT = tl.zeros((BV, BK), tl.float32)
+    else:
+        DT = tl.load(d_final + tile, mask=in_v[:, None] & in_k[None, :], other=0.0) / scale
     for back in tl.range(0, last - c_lo, num_stages=STAGES):
         c = last - 1 - back
         slot = (base + c) * HV + h

@@ -13,7 +13,7 @@ largest entry near 1, n = |p k| and w = beta / n^2,
 Everything is computed transposed (V rows), so that S, R and U go from one product's accumulator into the next product's
 left operand without leaving registers. Keys enter the products as stored, and `prepare` writes X p. For the backward it
 writes the other form, p (I + diag(w) L)^-1, and `walk` saves S at the chunks' starts and F. On Hopper GPUs with bf16
-tensors triton_hopper.py walks instead.
+tensors the kernels of triton_hopper_walk.py walk instead.
 
 Letters: B batch, T tokens, C tokens per chunk, N factors per token, M rows of a chunk (64, the last ones empty when N
 does not divide 64), H value heads, K key dim, V value dim. A `slot` numbers the (sequence, chunk) pairs of a workspace.
@@ -130,7 +130,8 @@ def walk(
 ):  # fmt: skip
     """Walk over the chunks of one sequence and head, for BV columns of the state.
 
-    Without VALUES it applies the transition alone; without OUTPUT it leaves only the final state.
+    Without VALUES it applies the transition alone; without OUTPUT it leaves only the final state. No initial state is
+    zero, without VALUES the identity.
     """
     iv = tl.program_id(0)
     sh = tl.program_id(1)
@@ -147,7 +148,12 @@ def walk(
     token, _ = span(s, 0, starts, T, C, VARLEN)
     total, base, chunks = stretch(s, starts, bases, T, 0, tl.cdiv(T, C), C, VARLEN)
     tile = (sh.to(tl.int64) * K + d[None, :]) * V + e[:, None]  # [BV BK] of a [K V] state
-    ST = tl.load(initial + tile, mask=in_v[:, None] & in_k[None, :], other=0.0)
+    if initial is not None:
+        ST = tl.load(initial + tile, mask=in_v[:, None] & in_k[None, :], other=0.0)
+    elif VALUES:
+        ST = tl.zeros((BV, BK), tl.float32)
+    else:
+        ST = tl.where(e[:, None] == d[None, :], 1.0, 0.0)
     k += (token * N * HK + hk) * K
     v += (token * N * HV + h) * V + iv * BV
     q += (token * HK + hk) * K

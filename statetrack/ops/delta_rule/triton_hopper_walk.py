@@ -220,7 +220,12 @@ def walk(
     e = gl.arange(0, COLUMNS, gl.SliceLayout(1, by_key))
     d = gl.arange(0, K, gl.SliceLayout(0, by_key))
     tile = (sh.to(gl.int64) * K + d[None, :]) * V + iv * COLUMNS + e[:, None]
-    ST = gl.load(initial + tile)
+    if initial is not None:
+        ST = gl.load(initial + tile)
+    elif VALUES:
+        ST = gl.zeros([COLUMNS, K], gl.float32, by_key)
+    else:
+        ST = gl.where(iv * COLUMNS + e[:, None] == d[None, :], 1.0, 0.0)
     jq = gl.arange(0, BQ, in_query)
 
     _fetch(
@@ -400,7 +405,10 @@ def walk_back(
     tile = (sh.to(gl.int64) * K + d[None, :]) * V + iv * COLUMNS + e[:, None]
     jq = gl.arange(0, BQ, in_query)
     # every adjoint is held divided by `scale`, so that dO enters the products as stored
-    DT = gl.load(d_final + tile) / scale
+    if d_final is None:
+        DT = gl.zeros([COLUMNS, K], gl.float32, by_key)
+    else:
+        DT = gl.load(d_final + tile) / scale
     if stop > c_lo:
         _fetch_back(
             k, q, d_out, X_hi, X_lo, scales, G, keys, queries, asked, high, low, ws, g_his, g_los, q_his, q_los,

@@ -57,7 +57,10 @@ def walk_back_keys(
     rp = i[:, None] * BK + d[None, :]
     xp = i[:, None] * 64 + i[None, :]
     # every adjoint is held divided by `scale`, so that dO enters the products as stored
-    DT = tl.load(d_final + tile, mask=inside, other=0.0) / scale
+    if d_final is None:
+        DT = tl.zeros((BV, BK), tl.float32)
+    else:
+        DT = tl.load(d_final + tile, mask=inside, other=0.0) / scale
     for back in tl.range(0, stop - c_lo, num_stages=STAGES):
         c = stop - 1 - back
         slot = (base + c) * HV + h

@@ -221,7 +221,10 @@ def walk_keys(
     if not VARLEN:
         kept = s.to(tl.int64) * n_all
     tile = (sh.to(tl.int64) * K + d[None, :]) * V + e[:, None]
-    ST = tl.load(initial + tile, mask=inside, other=0.0)
+    if initial is None:
+        ST = tl.zeros((BV, BK), tl.float32)
+    else:
+        ST = tl.load(initial + tile, mask=inside, other=0.0)
     rp = i[:, None] * BK + d[None, :]
     xp = i[:, None] * 64 + i[None, :]
     for c in tl.range(c_lo, stop, num_stages=STAGES):
