@@ -176,6 +176,10 @@ def test_a_page_on_a_table():
     assert page.count("Theorem 5") == 1 and len(page.splitlines()) < 40  # said once
 
 
+def test_a_page_on_a_language_without_a_choice():
+    assert explain("contains:").count("the answer is always the same") == 3 and "last 0" not in explain("contains:")
+
+
 def test_a_page_on_a_task_and_on_a_large_monoid():
     assert "groups     S3" in explain(get_task("S3")) and "language   S3" in explain(get_task("S3"))
     merge = [[(q + 1) % 7, {0: 1, 1: 0}.get(q, q), 0 if q < 2 else q] for q in range(7)]

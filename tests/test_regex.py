@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import time
+import warnings
 from typing import Any
 
 import numpy as np
@@ -317,6 +318,36 @@ def test_syntax_errors_point_at_the_place(pattern: str, place: int, message: str
         assert python.value.pos == place and python.value.msg == message
 
 
+@pytest.mark.parametrize(
+    ("pattern", "place", "name"),
+    [
+        ("[[:alpha:]]", 1, "alpha"),
+        (r"\[a[^_x\][:digit:]]+", 9, "digit"),
+        ("a[:space:]", 1, "space"),
+        ("[]b[:upper:]]", 3, "upper"),
+    ],
+)
+def test_posix_classes_are_refused(pattern: str, place: int, name: str):
+    """To Python they are sets of these characters, which nobody means."""
+    with pytest.raises(UsageError) as caught:
+        regex(pattern)
+    message, shown, caret = str(caught.value).split("\n")
+    assert message == (
+        f"regex: [:{name}:] is no class in Python's syntax; write its letters, as in [a-z] at position {place}"
+    )
+    assert shown[caret.index("^") :].startswith(f"[:{name}:]")
+
+
+@pytest.mark.filterwarnings("error")
+def test_sets_that_python_warns_of_are_read_as_python_reads_them():
+    for pattern in ("[[]", "[[a]", "[a[:b]+", "[a||b]", "[a&&b]", "[a~~b]", r"\[:a:]", r"[\[:a:]", "[[:]:]", "[^[]"):
+        found = regex(pattern).accepts([bytes([byte]) for byte in range(256)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            oracle = re.compile(pattern.encode())
+        assert found.tolist() == [oracle.fullmatch(bytes([byte])) is not None for byte in range(256)]
+
+
 def test_the_caret_counts_names_as_they_are_written():
     with pytest.raises(UsageError, match="at position 4") as caught:
         regex("<up>(<down>", alphabet=["up", "down"])
@@ -339,7 +370,7 @@ def test_the_caret_counts_names_as_they_are_written():
         ("a", "aa", "alphabet must be"),
         ("a", ["a", ""], "alphabet must be"),
         ("(?u:a)", "a", "Unicode flag u"),
-        ("(?u)a", "a", "ASCII and UNICODE flags are incompatible"),
+        ("(?u)a", "a", "Unicode flag u"),
     ],
 )
 def test_alphabets_that_do_not_fit(pattern: str, alphabet: Any, message: str):

@@ -120,6 +120,7 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ("group:S5", {"alphabet": "ab"}, "alphabet and flags go with"),
         ("group:Q8", {}, "group 'Q8' is unknown"),
         ("group:", {}, "needs a name"),
+        ("automaton:", {}, "needs a file"),
         ("contains:group:S3", {}, "contains needs a language"),
         ("lines:(", {}, "unterminated subpattern at position 0"),
         (5, {}, "got int"),

@@ -6,6 +6,7 @@ Legend: L letters.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -144,16 +145,34 @@ def parse(text: str | bytes, flags: str, spelling: Spelling) -> tuple[Any, int]:
     if unknown:
         raise UsageError(f"flag {unknown[0]!r} is not supported; accepted: {', '.join(FLAGS)}")
     bits = sum(FLAGS[flag] for flag in set(flags)) | (re.ASCII if isinstance(text, str) else 0)
+    _refuse_posix_classes(pattern)
     try:
-        tree = _parser.parse(text, bits)
+        with warnings.catch_warnings():  # of sets that a later Python may read otherwise, such as [[] and [a&&b]
+            warnings.simplefilter("ignore", FutureWarning)
+            tree = _parser.parse(text, bits)
     except re.error as error:
         before = text[: error.pos or 0]
         position = len(spelling.write(before)) if isinstance(before, str) else len(before)
         raise _pointing(pattern, position, spelling.write(error.msg)) from None
     except (OverflowError, RecursionError, ValueError) as error:
+        if "UNICODE" in str(error):
+            raise UsageError(f"regex: {REFUSED_FLAGS[re.UNICODE]}") from None
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise UsageError(f"the regex {pattern!r:.80} is refused: {reason}") from None
     return tree, check_flags(tree.state.flags)
+
+
+_SET = re.compile(r"\\.|\[\^?\]?(?:\\.|\[:\w+:\]|[^]\\])*\]", re.DOTALL)  # or an escaped character
+_POSIX = re.compile(r"\\.|(\[:\w+:\])", re.DOTALL)
+
+
+def _refuse_posix_classes(pattern: str) -> None:
+    """Refuse [:alpha:] and the like, which Python reads as a set of these very characters."""
+    for written in _SET.finditer(pattern):
+        for found in _POSIX.finditer(pattern, *written.span()):
+            if found[1]:
+                said = f"{found[1]} is no class in Python's syntax; write its letters, as in [a-z]"
+                raise _pointing(pattern, found.start(), said)
 
 
 def check_flags(flags: int) -> int:

@@ -72,6 +72,8 @@ def _of_object(spec: Any) -> Automaton:
 
 
 def _of_file(path: str) -> Automaton:
+    if not path:
+        raise UsageError("automaton: needs a file, such as automaton:table.json")
     if not Path(path).exists():
         raise UsageError(f"there is no file {path!r} (to have it read as a regular expression, write regex:{path})")
     return Automaton.from_json(path)

@@ -228,6 +228,8 @@ def _one_layer_limits(m: Monoid, s: Structure) -> Iterator[_Limit]:
 
 
 def _last(order: int) -> str:
+    if order == 0:
+        return "the answer is always the same"
     return "the last token decides" if order == 1 else f"the last {order} tokens decide"
 
 
@@ -251,7 +253,7 @@ def _constructions(m: Monoid, s: Structure) -> Found:
     """Yield the constructions that the structure has room for: (who gives it, what it does)."""
     order = definite_order(m.automaton)
     if order is not None and order <= s.window + 1:
-        yield "docs/theory.md, Construction 1", f"{_last(order)}, and the first layer sees as much"
+        yield "docs/theory.md, Construction 1", _last(order) + ", and the first layer sees as much" * (order > 0)
     if s.family == "nonlinear":
         yield "Minsky 1967 (an RNN with one unit per state and letter)", "a nonlinear recurrence follows any automaton"
     if s.family in ("attention", "nonlinear"):
