@@ -35,10 +35,8 @@ from statetrack.runs import LOCK, commit, difference, read_json, why_not_written
 from statetrack.train import Interrupted, Signals, choose_device
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
     from statetrack.hf import StateTrackForCausalLM
-    from statetrack.lm.trainer import LMTrainer
+    from statetrack.lm.trainer import Arguments, LMTrainer
 
 RECIPE, METRICS, MODEL = "recipe.json", "metrics.jsonl", "model"
 
@@ -257,9 +255,9 @@ def _trainer(
     return trainer
 
 
-def _arguments(recipe: Recipe, path: Path, options: Options, *, evaluate: bool) -> TrainingArguments:
+def _arguments(recipe: Recipe, path: Path, options: Options, *, evaluate: bool) -> Arguments:
     """Return the recipe in transformers' words."""
-    from transformers import TrainingArguments
+    from statetrack.lm.trainer import Arguments
 
     device = choose_device(options.device)
     gpu, processes = device.type == "cuda", int(os.environ.get("WORLD_SIZE", "1"))
@@ -273,7 +271,7 @@ def _arguments(recipe: Recipe, path: Path, options: Options, *, evaluate: bool) 
             "state_dict_type": "FULL_STATE_DICT",
         },
     }
-    arguments = TrainingArguments(
+    arguments = Arguments(
         output_dir=str(path),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.micro_rows,

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from statetrack.errors import UsageError
 from statetrack.layers.common import decayed_names
@@ -71,6 +71,16 @@ def _readable(checkpoint: str | None) -> Iterator[None]:
 def _without(checkpoint: Path) -> str:
     before = [path for path in checkpoints(checkpoint.parent) if path != checkpoint]
     return f"delete {checkpoint} to go on from " + (str(before[-1]) if before else "the beginning")
+
+
+class Arguments(TrainingArguments):
+    """transformers' arguments, with one name for the CPU: transformers 5.17 asks torch to load tensors to "cpu:0"."""
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of this process."""
+        found = super().device
+        return torch.device("cpu") if found.type == "cpu" else found
 
 
 class LMTrainer(Trainer):
