@@ -19,6 +19,7 @@ from statetrack.checkpoint_verbs import ConvertArguments, InspectArguments, Unlo
 from statetrack.cli_types import Device, Execution, RunPaths, Unset
 from statetrack.errors import UsageError
 from statetrack.evaluation_verbs import EvaluateArguments, ReproduceArguments
+from statetrack.lm.arguments import VERBS as LM_VERBS
 from statetrack.lm.arguments import LMArguments
 
 MIXERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -302,6 +303,8 @@ def parse(words: list[str]) -> Any:
     except SystemExit as stop:
         if stop.code:
             verb = f" {words[0]}" if words and words[0] in VERBS.values() else ""
+            if verb == " lm" and len(words) > 1 and words[1] in LM_VERBS.values():
+                verb += f" {words[1]}"
             _fail(f"{_unboxed(printed.getvalue())}; see statetrack{verb} --help", 2)
         raise
 

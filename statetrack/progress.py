@@ -37,6 +37,10 @@ class Bars:
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
         self._live.stop()
 
+    def say(self, line: str) -> None:
+        """Print a line above the bars."""
+        self.console.print(line, soft_wrap=True)
+
     def update(self, name: str, done: int | float, total: int | float | None, note: str = "") -> None:
         """Say how far a piece of work is; total is None where nobody knows, and then only a terminal shows it."""
         amount = f"{done:.0f}" if total is None else f"{done:.0f}/{total:.0f}"

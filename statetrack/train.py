@@ -5,6 +5,7 @@ The learning rate rises linearly over the first `warmup` share of the steps, the
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
@@ -100,13 +101,19 @@ class Settings:
 class Interrupted(Exception):
     """Training was stopped after saving; `resume` goes on from there. `signum` is the signal, 0 if time was up."""
 
-    def __init__(self, signum: int, step: int, path: Path):
-        super().__init__(f"stopped at step {step}, saved in {path}; the same command goes on (train: add --resume)")
+    def __init__(self, signum: int, step: int, path: Path, how: str = "the same command goes on (train: add --resume)"):
+        super().__init__(f"stopped at step {step}, saved in {path}; {how}")
         self.signum = signum
 
 
 class Signals:
-    """Turn SIGINT and SIGTERM into a flag, so that a step and its checkpoint are never cut in two."""
+    """Turn SIGINT and SIGTERM into a flag, so that a step and its checkpoint are never cut in two.
+
+    say: gets a line when the first one comes, where what is not cut in two takes long.
+    """
+
+    def __init__(self, say: Callable[[str], None] | None = None):
+        self.say = say
 
     def __enter__(self) -> Signals:
         self.received = 0
@@ -119,6 +126,9 @@ class Signals:
         return self
 
     def _note(self, signum: int, _frame: Any) -> None:
+        if self.say is not None and not self.received:
+            with contextlib.suppress(RuntimeError):  # this very thread was writing to the same stream
+                self.say("stopping when this step is done and saved")
         self.received = signum
 
     def __exit__(self, *_: object) -> None:

@@ -43,7 +43,7 @@ def small(**changes) -> Recipe:
 
 def spread(**changes) -> Recipe:
     """A run for several processes. Not Mamba: its CPU kernel sees weights as numpy arrays, which FSDP2 cannot free."""
-    return small(tied=True, mixers=(DeltaProductConfig(dim=32, heads=2),) * 2, **changes)
+    return small(tied=True, mixers=(DeltaProductConfig(dim=32, heads=2),) * 2, micro_rows=2, **changes)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -170,4 +171,9 @@ def test_the_command_line_evaluates_and_generates(capsys, run: Path, data: Path,
     code, out, _ = command(f"inspect {run} --text {TEXT}/tasks.py --tokens 50 --out {tmp_path}/spectra")
     assert code == 0 and (tmp_path / "spectra.png").exists()
     assert "--data or --text" in command.refused(f"lm evaluate {run}")
+    if find_spec("lm_eval") is not None:  # before anything is measured
+        line = f"lm evaluate {run} --data {data} --out {tmp_path}/n --device cpu --tasks"
+        assert "lm-eval has no task 'nonsense'" in command.refused(f"{line} nonsense")
+        assert f"{tmp_path}/mine is no folder" in command.refused(f"{line} own --include {tmp_path}/mine")
+        assert not (tmp_path / "n").exists()
     assert "no config.json" in command.refused(f"lm generate {data}")

@@ -207,6 +207,8 @@ def test_documents_without_text_and_splits_that_are_too_small(command: Command, 
     (empty / "b.txt").write_text("")
     said = command.refused(f"lm prepare {empty} --tokenizer {data}/tokenizer --out {tmp_path}/out")
     assert "has no text to train on" in said
+    few = f"lm prepare {ROOT}/docs/hf.md --tokenizer {data}/tokenizer --out {tmp_path}/few"
+    assert "nothing is held out (a share of 0.02 of 1 documents)" in command(few)[1]
     said = command.refused(f"lm evaluate {run} --text {empty} --device cpu --out {tmp_path}/e")
     assert f"{empty} has no text of 4096 tokens: there are 0 in all; a shorter --length" in said
     prepare(replace(small().data, validation=0.0), tmp_path / "all")

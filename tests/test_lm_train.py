@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,7 +70,7 @@ def test_the_first_loss_is_that_of_the_seeds_weights_on_the_seeds_rows(whole: Pa
 
 @pytest.mark.parametrize("stop_at", [2, 3])
 def test_an_interrupted_run_goes_on_to_the_same_bits(
-    whole: Path, data: Path, tmp_path: Path, monkeypatch, stop_at: int
+    whole: Path, data: Path, tmp_path: Path, monkeypatch, stop_at: int, capsys
 ):
     """SIGINT at a step that is saved anyway, and at one that is not."""
     with monkeypatch.context() as patched:
@@ -74,10 +78,24 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
         with pytest.raises(Interrupted, match=f"stopped at step {stop_at}") as stopped:
             train(small(), tmp_path / "run", data, options=OPTIONS)
     assert stopped.value.signum == signal.SIGINT
+    assert "stopping when this step is done and saved" in capsys.readouterr().err
     assert not (tmp_path / "run" / "model").exists()
     train(small(), tmp_path / "run", data, options=OPTIONS, resume=True)
     assert same(weights(tmp_path / "run" / "model"), weights(whole / "model"))
     assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_a_resumed_run_is_as_fast_as_it_is(data: Path, tmp_path: Path, monkeypatch):
+    """With a clock that goes on by a second whenever it is read, all steps take the same time, resumed or not."""
+    from statetrack.lm import trainer
+
+    ticks = itertools.count()
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: next(ticks), monotonic=time.monotonic))
+    train(small(steps=3, save_every=3), tmp_path, data, options=OPTIONS)
+    train(small(save_every=3), tmp_path, data, options=OPTIONS, resume=True)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    speeds = {row["step"]: row["tokens_per_second"] for row in rows if "tokens_per_second" in row}
+    assert list(speeds) == [1, 2, 3, 4, 5, 6] and all(speeds[n + 3] == speeds[n] for n in (1, 2, 3))
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(whole: Path, data: Path, tmp_path: Path, monkeypatch):
@@ -171,10 +189,10 @@ def test_wandb_is_asked_for_only_where_it_is_installed(data: Path, tmp_path: Pat
             train(small(), tmp_path, data, options=replace(OPTIONS, trackers=("wandb",)))
 
 
-def on_two_processes(data: Path, path: Path, *stop: int, parallel: str = "fsdp") -> str:
+def on_processes(data: Path, path: Path, *stop: int, parallel: str = "fsdp", count: int = 2) -> str:
     """Run tests/lm_processes.py under torchrun, on a port of its own; return what it printed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tests.lm_processes"]
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "-m", "tests.lm_processes"]
     done = subprocess.run(
         [sys.executable, *command, str(data), str(path), parallel, *map(str, stop)],
         capture_output=True, text=True, cwd=ROOT, env=environment, timeout=180,
@@ -185,7 +203,7 @@ def on_two_processes(data: Path, path: Path, *stop: int, parallel: str = "fsdp")
 
 def test_two_processes_train_as_one(data: Path, tmp_path: Path):
     """The same command under torchrun, with FSDP2: the second process begins with no weights at all."""
-    on_two_processes(data, tmp_path / "two")
+    on_processes(data, tmp_path / "two")
     train(spread(), tmp_path / "one", data, options=OPTIONS)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     one, two = weights(tmp_path / "one" / "model"), weights(tmp_path / "two" / "model")
@@ -196,28 +214,37 @@ def test_two_processes_train_as_one(data: Path, tmp_path: Path):
 
 
 def test_two_processes_that_are_stopped_go_on_to_the_same_bits(data: Path, tmp_path: Path):
-    """A signal to one of them stops both after step 3, at which nothing would have been saved."""
-    on_two_processes(data, tmp_path / "whole")
-    assert "stopped at step 3" in on_two_processes(data, tmp_path / "run", 3)
+    """A signal to one of them stops both after step 3, at which nothing would have been saved. Four go on as two do,
+    but for the rounding of sums; one, which has no FSDP2, does not.
+    """
+    on_processes(data, tmp_path / "whole")
+    assert "stopped at step 3" in on_processes(data, tmp_path / "run", 3)
     assert not (tmp_path / "run" / "model").exists()
     with pytest.raises(UsageError, match="checkpoint-3 was written with FSDP2; go on with FSDP2"):
         train(spread(), tmp_path / "run", data, options=OPTIONS, resume=True)
-    on_two_processes(data, tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "four")
+    on_processes(data, tmp_path / "run")
     assert same(weights(tmp_path / "run" / "model"), weights(tmp_path / "whole" / "model"))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    on_processes(data, tmp_path / "four", count=4)
+    assert losses(tmp_path / "four")[:3] == losses(tmp_path / "run")[:3]
+    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "run"), rel=1e-5)
 
 
 def test_another_number_of_processes_goes_on_or_is_refused(data: Path, tmp_path: Path, monkeypatch):
-    """One process to two: not with FSDP2; with weights whole on each, the same run but for the rounding of sums."""
+    """One process to two and back: not with FSDP2; with weights whole on each, the same run but for rounding."""
     train(spread(), tmp_path / "whole", data, options=OPTIONS)
     with monkeypatch.context() as patched:
         acting(patched, 3, lambda **_: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(Interrupted):
             train(spread(), tmp_path / "run", data, options=OPTIONS)
-    said = on_two_processes(data, tmp_path / "run")
+    said = on_processes(data, tmp_path / "run")
     assert "checkpoint-3 was written without FSDP2; go on without FSDP2" in said
-    on_two_processes(data, tmp_path / "run", parallel="ddp")
+    assert "stopped at step 5" in on_processes(data, tmp_path / "run", 5, parallel="ddp")
+    train(spread(), tmp_path / "run", data, options=OPTIONS, resume=True)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    ours, whole = (weights(tmp_path / name / "model") for name in ("run", "whole"))
+    assert all(torch.allclose(ours[name], whole[name], atol=2e-4) for name in whole)
 
 
 def test_a_weight_that_was_lost_on_the_way_is_noticed(data: Path, tmp_path: Path, monkeypatch):
@@ -275,6 +302,12 @@ def test_the_command_line_trains(capsys, tmp_path: Path, data: Path, monkeypatch
     line = f"lm train tiny --data {data} --steps 1 --rows 2 --micro-rows 2 --length 16 --tracker none --device cpu"
     code, out, _ = command(f"{line} --eigenvalues 0 1")
     assert code == 0 and "trained to step 1" in out and Path("runs/lm_tiny_0to1_s0/model/config.json").exists()
+    said, _, following = out.rpartition("next: statetrack ")
+    assert said and command(following)[0] == 0
+    assert "nowhere holds no prepared data; first: statetrack lm prepare" in command.refused(
+        "lm train tiny --data nowhere"
+    )
+    assert "see statetrack lm train --help" in command.refused(f"{line} --lr much")
     assert "unknown recipe 'huge'; accepted: tiny, code-100m" in command.refused("lm train huge")
     assert "holds a run" in command.refused(f"{line} --eigenvalues 0 1")
     code, out, _ = command("lm recipes")

@@ -24,6 +24,7 @@ import numpy as np
 from statetrack.errors import UsageError
 from statetrack.lm.sources import documents
 from statetrack.lm.tokenizers import digest, encode, load_tokenizer, train_tokenizer
+from statetrack.progress import Bars
 from statetrack.runs import LOCK, read_json, why_not_written, write_atomically, write_json
 
 STATE, SPLITS = "data.json", ("train", "validation")
@@ -135,6 +136,18 @@ def prepare(data: Data, path: Path, *, force: bool = False, report: Report | Non
             if report is not None:
                 report(writer.trained, state["read"])
     return Corpus(path)
+
+
+def prepare_shown(data: Data, path: Path, *, force: bool = False) -> Corpus:
+    """`prepare`, with a bar."""
+    total = None if data.tokens is None else data.tokens / 1e6
+    with Bars() as bars:
+
+        def report(tokens: int, documents: int) -> None:
+            bars.update("prepare", tokens / 1e6, total, f"million tokens, {documents} documents")
+
+        bars.update("prepare", 0, total, "million tokens; the tokenizer first")
+        return prepare(data, path, force=force, report=report)
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ def load_model(path: Path, device: str = "auto", precision: str = "auto") -> tup
         raise UsageError(f"{path} is no run and no checkpoint: it has no config.json")
     stored = read_json(path / "config.json")
     if not isinstance(stored, dict) or stored.get("model_type") != "statetrack":
-        raise UsageError(f"{path} is not a statetrack model; first: statetrack convert")
+        raise UsageError(f"{path} is not a statetrack model; first: statetrack convert {path} --to statetrack")
     disable_progress_bar()
     chosen = choose_device(device)
     wide = precision == "float32" or (precision == "auto" and chosen.type != "cuda")
@@ -158,6 +158,21 @@ def perplexity_within(losses: Sequence[float], length: int) -> float:
     return math.exp(min(700.0, sum(inside) / len(inside)))
 
 
+def check_tasks(tasks: Sequence[str], include: Path | None = None) -> Any:
+    """Return lm-eval's manager of tasks; raise UsageError for unknown ones, and where lm-eval is missing."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UsageError("tasks need lm-eval: pip install 'statetrack[lm]'") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is no name
+    if include is not None and not include.is_dir():
+        raise UsageError(f"{include} is no folder of tasks")
+    manager = TaskManager(include_path=None if include is None else str(include))
+    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+        raise UsageError(f"lm-eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists them, --include adds a folder")
+    return manager
+
+
 def run_tasks(
     model: Any,
     tokenizer: Any,
@@ -172,16 +187,10 @@ def run_tasks(
 
     Raises UsageError for unknown tasks, data that cannot be had, and where lm-eval is missing.
     """
-    try:
-        import lm_eval
-        from lm_eval.models import huggingface
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UsageError("tasks need lm-eval: pip install 'statetrack[lm]'") from None
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is no name
-    manager = TaskManager(include_path=None if include is None else str(include))
-    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
-        raise UsageError(f"lm-eval has no task {unknown[0]!r}; `lm_eval ls tasks` lists them, --include adds a folder")
+    manager = check_tasks(tasks, include)
+    import lm_eval
+    from lm_eval.models import huggingface
+
     wrap: Any = huggingface.HFLM
     options = {"backend": "causal", "batch_size": batch_size, "max_length": max_length}
     wrapped = wrap(pretrained=model, tokenizer=tokenizer, **options)

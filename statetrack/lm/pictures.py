@@ -19,9 +19,10 @@ def loss_by_step(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, *,
         trained = [(row["step"], row["loss"]) for row in rows if "loss" in row]
         held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
         colour = COLOURS[i % len(COLOURS)]
-        axes.plot(*_columns(trained), DASHES[i % len(DASHES)], color=colour, label=name, linewidth=1.2)
+        told, told_too = (name, f"{name}, validation") if len(runs) > 1 else ("training", "validation")
+        axes.plot(*_columns(trained), DASHES[i % len(DASHES)], color=colour, label=told, linewidth=1.2)
         if held_out:
-            axes.plot(*_columns(held_out), "o", color=colour, markersize=4, label=f"{name}, validation")
+            axes.plot(*_columns(held_out), "o", color=colour, markersize=4, label=told_too)
     axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
     axes.legend()
     return save_figure(figure, path)

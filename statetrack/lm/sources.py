@@ -96,7 +96,8 @@ def _json(path: Path) -> Iterator[Any]:
                 if line.strip():
                     yield json.loads(line)
         except ValueError as error:
-            raise UsageError(f"{path} is not JSON: {first_line(error)}") from None
+            accepted = "a list of rows, or a row per line" if path.suffix == ".json" else "a row per line"
+            raise UsageError(f"{path} is not JSON with {accepted}: {first_line(error)}") from None
 
 
 def _parquet(path: Path) -> Iterator[Any]:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 import statetrack
 from statetrack.errors import UsageError
-from statetrack.lm.corpus import Corpus, held, prepare
+from statetrack.lm.corpus import Corpus, held, prepare_shown
 from statetrack.lm.packing import Order, Rows, join, pack
 from statetrack.lm.pictures import loss_by_step
 from statetrack.lm.settings import FREE, Recipe, cost
@@ -96,7 +96,8 @@ def train(
     corpus = _corpus(recipe, data, main)
     config = {"settings": {**recipe.to_dict(), "tokenizer_digest": corpus.digest}}
     config |= {"version": statetrack.__version__, "commit": commit()}
-    with _opened(path, config, resume, force, main) as start, Signals() as signals, Bars() as bars:
+    opened = _opened(path, config, resume, force, main)
+    with opened as start, Bars() as bars, Signals(bars.say if main else None) as signals:
         trainer = _trainer(recipe, path, corpus, options, signals, bars if main else None)
         if start:
             check_start(start, trainer.is_fsdp_enabled)
@@ -106,7 +107,7 @@ def train(
             trainer.train(resume_from_checkpoint=str(start) if start else None)
         signum = greatest(signals.received, trainer.args)  # all stop, or all write the model together
         if signum and trainer.state.global_step < recipe.steps:
-            raise Interrupted(signum, trainer.state.global_step, path)
+            raise Interrupted(signum, trainer.state.global_step, path, "the same command with --resume goes on")
         if options.save:
             _save_model(trainer, path)
     history = trainer.state.log_history
@@ -148,7 +149,7 @@ def _corpus(recipe: Recipe, data: Path, main: bool) -> Corpus:
     """Return the prepared data; make it where it is absent, which one process of several must have done before."""
     if not (data / "data.json").exists() and not main:
         raise UsageError(f"{data} holds no prepared data; with several processes, first: statetrack lm prepare")
-    return prepare(recipe.data, data) if main and not (data / "data.json").exists() else Corpus(data)
+    return prepare_shown(recipe.data, data) if main and not (data / "data.json").exists() else Corpus(data)
 
 
 @contextlib.contextmanager

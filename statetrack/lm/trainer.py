@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from statetrack.errors import UsageError
 from statetrack.layers.common import decayed_names
@@ -89,7 +89,7 @@ class LMTrainer(Trainer):
     def __init__(self, *, cost: Cost, tokens_per_step: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.cost, self.tokens_per_step = cost, tokens_per_step
-        self._clock = (0, time.perf_counter())  # step and time of the last measurement
+        self._clock: tuple[int, float] | None = None  # step and time of the last measurement
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)  # pyright: ignore
@@ -132,15 +132,21 @@ class LMTrainer(Trainer):
             self._clock = self.state.global_step, time.perf_counter()
         super().log(logs, start_time)
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._clock = 0, time.perf_counter()
-        return super()._inner_training_loop(*args, **kwargs)
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Do a step; the clock begins with the first one, which is not step 0 in a run that is resumed."""
+        if self._clock is None:
+            self._clock = self.state.global_step, time.perf_counter()
+        return super().training_step(*args, **kwargs)
+
+    def _not_counted(self, began: float) -> None:
+        """Leave what began then and ends now out of the time of training."""
+        if self._clock is not None:
+            self._clock = self._clock[0], self._clock[1] + time.perf_counter() - began
 
     def _speed(self) -> dict[str, float]:
-        step, began = self._clock
-        steps, seconds = self.state.global_step - step, time.perf_counter() - began
-        if steps <= 0:
+        if self._clock is None or self.state.global_step <= self._clock[0]:
             return {}
+        steps, seconds = self.state.global_step - self._clock[0], time.perf_counter() - self._clock[1]
         rate = steps * self.tokens_per_step / seconds
         speed = {"tokens_per_second": rate}
         if torch.cuda.is_available() and self.args.device.type == "cuda":
@@ -154,7 +160,7 @@ class LMTrainer(Trainer):
         """Evaluate; the time that takes does not count as training."""
         began = time.perf_counter()
         found = super().evaluate(*args, **kwargs)
-        self._clock = self._clock[0], self._clock[1] + time.perf_counter() - began
+        self._not_counted(began)
         return found
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -173,7 +179,7 @@ class LMTrainer(Trainer):
             reason = why_not_written(error, root)
             shutil.rmtree(path, ignore_errors=True)
             raise UsageError(f"the checkpoint of step {step} cannot be written: {reason}; {last_good(root)}") from error
-        self._clock = self._clock[0], self._clock[1] + time.perf_counter() - began
+        self._not_counted(began)
 
     def check_finite(self, model: nn.Module) -> None:
         """Raise UsageError if any weight is not a finite number."""
@@ -262,11 +268,12 @@ class Report(TrainerCallback):
     """Append what is logged to a file, and show it."""
 
     def __init__(self, path: Path, bars: Bars):
-        self.path, self.bars = path, bars
+        self.path, self.bars, self.shown = path, bars, ""
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Keep the lines of the steps that a resumed run has behind it."""
         del args, control, kwargs
+        self._show(state)
         text = "".join(json.dumps(row) + "\n" for row in state.log_history)
         write_atomically(self.path, lambda p: p.write_text(text))
 
@@ -276,8 +283,16 @@ class Report(TrainerCallback):
         row = {**(logs or {}), "step": state.global_step}
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
-        shown = (f"{name} {row[key]:{form}}" for key, (name, form) in SHOWN.items() if key in row)
-        self.bars.update("train", state.global_step, state.max_steps, "  ".join(shown))
+        self.shown = "  ".join(f"{name} {row[key]:{form}}" for key, (name, form) in SHOWN.items() if key in row)
+        self._show(state)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Count the step."""
+        del args, control, kwargs
+        self._show(state)
+
+    def _show(self, state: TrainerState) -> None:
+        self.bars.update("train", state.global_step, state.max_steps, self.shown)
 
 
 SHOWN = {

@@ -24,8 +24,7 @@ from statetrack.lm.arguments import (
     RecipesArguments,
     TrainArguments,
 )
-from statetrack.lm.corpus import Corpus, Data
-from statetrack.lm.corpus import prepare as prepare_data
+from statetrack.lm.corpus import Corpus, Data, prepare_shown
 from statetrack.lm.settings import Recipe, cost
 from statetrack.progress import Bars
 from statetrack.runs import read_json, write_json
@@ -41,15 +40,14 @@ def prepare(a: PrepareArguments) -> None:
         tokens=a.tokens,
         validation=a.validation,
     )
-    with Bars() as bars:
-
-        def report(tokens: int, documents: int) -> None:
-            total = None if a.tokens is None else a.tokens / 1e6
-            bars.update("prepare", tokens / 1e6, total, f"million tokens, {documents} documents")
-
-        corpus = prepare_data(data, a.out, force=a.force, report=report)
+    corpus = prepare_shown(data, a.out, force=a.force)
     counts = (f"{corpus.tokens(split):,} tokens for {split}" for split in ("train", "validation"))
     say(f"{a.out}: {', '.join(counts)}; next: statetrack lm train RECIPE --data {shlex.quote(str(a.out))}")
+    if a.validation and not corpus.tokens("validation"):
+        share = f"a share of {a.validation:g} of {corpus.documents('train')} documents"
+        say(
+            f"{a.out}: nothing is held out ({share}), so runs report no validation loss; a larger --validation, --force"
+        )
 
 
 def train(a: TrainArguments) -> None:
@@ -63,14 +61,14 @@ def train(a: TrainArguments) -> None:
     installed = ("tensorboard",) if find_spec("tensorboard") else ()
     trackers = {"auto": installed, "both": ("tensorboard", "wandb"), "none": ()}.get(a.tracker, (a.tracker,))
     options = Options(device=a.device, parallel=a.parallel, minutes=a.minutes, trackers=trackers)
-    data = a.data or default_data(recipe)
+    data = Corpus(a.data).path if a.data else default_data(recipe)
     with leaving_group():
         last = run_training(recipe, path, data, options=options, resume=a.resume, force=a.force)
     if int(os.environ.get("RANK", "0")) == 0:
         shown = f"loss {last['loss']:.4f}" if "loss" in last else "nothing was left to do"
         shown += f", validation {last['eval_loss']:.4f}" if "eval_loss" in last else ""
-        model = shlex.quote(str(path / MODEL))
-        say(f"trained to step {last['step']:.0f}: {shown}; next: statetrack lm evaluate {model}")
+        say(f"trained to step {last['step']:.0f}: {shown}; the model is {path / MODEL}")
+        say(f"next: statetrack lm evaluate {shlex.quote(str(path))} --data {shlex.quote(str(data))}")
 
 
 def recipe_of(a: TrainArguments) -> Recipe:
@@ -101,6 +99,10 @@ def evaluate(a: EvaluateArguments) -> None:
     if a.length < 2 or a.windows < 1 or a.batch_size < 1:
         given = f"{a.length}, {a.windows} and {a.batch_size}"
         raise UsageError(f"length must be at least 2, windows and batch-size at least 1, got {given}")
+    if a.tasks:
+        from statetrack.lm.evaluate import check_tasks
+
+        check_tasks(a.tasks, a.include)
     found: dict[str, dict[str, Any]] = {}
     with Bars() as bars:
         for path in a.models:
@@ -170,9 +172,10 @@ def _show(found: dict[str, dict[str, Any]], a: EvaluateArguments) -> None:
         count = min(rows["windows"] for rows in measured.values())
         if count < a.windows:
             say(f"{a.data or a.text} has text for {count} window(s) of {a.length} tokens, not for {a.windows}")
-        table = Table(Column("perplexity of the first ... tokens", overflow="fold"), *map(str, _lengths(a.length)))
-        for name, rows in measured.items():
-            table.add_row(name, *(f"{value:.3f}" for value in rows["perplexity"].values()))
+        names = (Column(name, justify="right", overflow="fold") for name in measured)
+        table = Table(Column("tokens", justify="right"), *names, title="perplexity of the first tokens of a window")
+        for length in map(str, _lengths(a.length)):
+            table.add_row(length, *(f"{rows['perplexity'][length]:.3f}" for rows in measured.values()))
         Console(markup=False).print(table)
         curves = {name: [((r["from"] + r["to"]) / 2, r["perplexity"]) for r in rows["positions"]]
                   for name, rows in measured.items()}  # fmt: skip
