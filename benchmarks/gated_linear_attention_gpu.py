@@ -27,7 +27,7 @@ from gpu_turns import Contender, report, take_turns
 from tables import table
 
 from statetrack.ops import gated_linear_attention
-from statetrack.ops.gated_linear_attention import triton as kernels
+from statetrack.ops.gated_linear_attention import triton_plan as plans
 
 SHAPES = {  # B, T, key heads, value heads, K, V, decay
     "mamba2": (8, 4096, 1, 64, 128, 64, "head"),
@@ -86,10 +86,10 @@ def fla(x: dict):
 
 @contextmanager
 def settings(variant: str):
-    """Set constants (NAME=VALUE) and schedules (GROUP.NAME=VALUE, see `_Plan`) of the launches for a while."""
+    """Set constants (NAME=VALUE) and schedules (GROUP.NAME=VALUE, see `Plan`) of the launches for a while."""
     changes = dict(part.split("=") for part in variant.split(",") if part)
-    plain = kernels._Plan.__init__
-    constants = {name: getattr(kernels, name) for name in changes if "." not in name}
+    plain = plans.Plan.__init__
+    constants = {name: getattr(plans, name) for name in changes if "." not in name}
 
     def changed(self, *args):
         plain(self, *args)
@@ -99,14 +99,16 @@ def settings(variant: str):
                 getattr(self, group)[option] = int(value)
 
     for name in constants:
-        setattr(kernels, name, int(changes[name]))
-    setattr(kernels._Plan, "__init__", changed)  # noqa: B010
+        setattr(plans, name, int(changes[name]))
+    setattr(plans.Plan, "__init__", changed)  # noqa: B010
+    plans._plan.cache_clear()
     try:
         yield
     finally:
-        setattr(kernels._Plan, "__init__", plain)  # noqa: B010
+        setattr(plans.Plan, "__init__", plain)  # noqa: B010
+        plans._plan.cache_clear()
         for name, value in constants.items():
-            setattr(kernels, name, value)
+            setattr(plans, name, value)
 
 
 def worst_error(call, leaves: dict, d_out) -> float:

@@ -82,3 +82,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("lm") / "data"
     prepare(small().data, path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def plans_are_made_anew():
+    """Forget the plans of the GPU kernels' launches, for tests that change the constants they are made from."""
+    yield
+    for name, module in list(sys.modules.items()):
+        if name.startswith("statetrack.ops.") and hasattr(module, "_plan"):
+            module._plan.cache_clear()

@@ -51,16 +51,6 @@ def bf16_products():
         yield
 
 
-@pytest.fixture(autouse=True)
-def plans_are_made_anew():
-    """Some tests change the constants that plans are made from."""
-    for module in (plans, key_kernels):
-        module._plan.cache_clear()
-    yield
-    for module in (plans, key_kernels):
-        module._plan.cache_clear()
-
-
 def draw(B=1, T=70, N=1, heads=(1, 1), K=16, V=16, dtype=F32, gate="", lengths=None, unit=True) -> dict[str, Any]:
     """Draw the arguments of `delta_rule`, with heads = (key heads, value heads); lengths: packed sequences."""
     normal = partial(torch.randn, generator=torch.Generator().manual_seed(0))

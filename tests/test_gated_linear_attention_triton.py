@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from statetrack.errors import UsageError
 from statetrack.ops import gated_linear_attention
-from statetrack.ops.gated_linear_attention import triton as kernels
+from statetrack.ops.gated_linear_attention import triton_plan as plans
 from statetrack.ops.gated_linear_attention.triton import gated_linear_attention_step_
 
 from . import test_delta_rule_triton as delta
@@ -99,18 +99,18 @@ def test_hard_at_full_width(decay, dtype):
 @both_decays
 @pytest.mark.parametrize("dtype, hard", [(F32, False), (BF16, False), (F32, True)], ids=str)
 def test_segments_and_ranges_equal_one_walk(decay, dtype, hard, monkeypatch):
-    monkeypatch.setattr(kernels, "MIN_SEGMENT", 2)
-    monkeypatch.setattr(kernels, "MIN_RANGE", 1)
-    monkeypatch.setattr(kernels, "RANGE_BYTES", 1)
-    assert kernels.segments(1, 512) == 4
+    monkeypatch.setattr(plans, "MIN_SEGMENT", 2)
+    monkeypatch.setattr(plans, "MIN_RANGE", 1)
+    monkeypatch.setattr(plans, "RANGE_BYTES", 1)
+    assert plans.segments(1, 512) == 4
     check(draw(T=512, K=16, V=32, dtype=dtype, heads=(1, 2), decay=decay, hard=hard))
 
 
 def test_segments_are_chosen_only_where_the_gpu_would_idle():
-    assert kernels.segments(512, 32768) == 1
-    assert kernels.segments(64, 32768) == 4
-    assert kernels.segments(64, 32768 + 1) == 1
-    assert kernels.segments(16, 2048) == 2
+    assert plans.segments(512, 32768) == 1
+    assert plans.segments(64, 32768) == 4
+    assert plans.segments(64, 32768 + 1) == 1
+    assert plans.segments(16, 2048) == 2
 
 
 @both_decays

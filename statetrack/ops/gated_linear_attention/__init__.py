@@ -72,9 +72,6 @@ def gated_linear_attention(
     lengths = _check_shapes(q, k, v, decay, initial_state, cu_seqlens)
     check_same_dtype(q=q, k=k, v=v)
     compute = torch.float64 if torch.float64 in (q.dtype, decay.dtype) else torch.float32
-    if initial_state is None:
-        initial_state = q.new_zeros(len(lengths), v.shape[2], q.shape[-1], v.shape[-1], dtype=compute)
-    initial_state = initial_state.to(compute)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if backend == "triton" or (backend == "auto" and q.is_cuda):
         reason = _not_for_triton(q, v, decay)
@@ -84,6 +81,9 @@ def gated_linear_attention(
             return gated_linear_attention_triton(q, k, v, decay, scale, initial_state, lengths)
         if backend == "triton":
             raise UsageError(f'backend="triton" {reason}; use backend="chunk"')
+    if initial_state is None:
+        initial_state = q.new_zeros(len(lengths), v.shape[2], q.shape[-1], v.shape[-1], dtype=compute)
+    initial_state = initial_state.to(compute)
     one_token = cu_seqlens is None and q.shape[1] == 1  # decoding: nothing to put into chunks
     if backend == "reference" or (backend == "auto" and one_token):
         cast = q.to(compute), k.to(compute), v.to(compute), decay.to(compute)

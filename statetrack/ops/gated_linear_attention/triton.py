@@ -18,30 +18,18 @@ Letters: B batch, T tokens, S sequences, C tokens per chunk, H value heads, K ke
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 from torch import Tensor
 
 from statetrack.errors import UsageError
-from statetrack.ops.gated_linear_attention.triton_head import (
-    decay_head,
-    gather_head,
-    pairs_head,
-    prepare_head,
-    scores_head,
-)
-from statetrack.ops.gated_linear_attention.triton_key import gather_key, prepare_key
-from statetrack.ops.gated_linear_attention.triton_walk import FACTORS, end_of_segment, step, walk, walk_back
-from statetrack.ops.layout import chunk_tables
+from statetrack.ops.gated_linear_attention.triton_plan import CHUNK, FULL_GPU, HEADS, Plan, Range, Work, plan_of
+from statetrack.ops.gated_linear_attention.triton_walk import step
+from statetrack.ops.triton_launch import bind
 from statetrack.ops.triton_operator import operator
-
-CHUNK = 64
-RANGE_BYTES = 2**27  # of the states at the starts of a range's chunks
-MIN_RANGE = 8  # chunks
-FULL_GPU = 256  # programs of `walk` that keep a GPU busy
-MIN_SEGMENT = 16  # chunks
-HEADS = 16  # that one program of `prepare_head` or `decay_head` takes
-GATHERERS = 512  # programs of `pairs_head` that keep a GPU busy
+from statetrack.ops.triton_segments import compose
 
 
 def gated_linear_attention_triton(
@@ -50,122 +38,17 @@ def gated_linear_attention_triton(
     v: Tensor,
     decay: Tensor,
     scale: float,
-    initial_state: Tensor,
+    initial_state: Tensor | None,
     lengths: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Compute `gated_linear_attention` on a GPU, with gradients to every tensor (once differentiable)."""
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, decay, initial_state))
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, decay, initial_state))
     packed = [] if q.shape[0] == len(lengths) else lengths
     if q.shape[1] == 1 and not packed and not keep:
-        return _step(q, k, v, decay, initial_state, scale)
+        state = _new_state(q, v, []).zero_() if initial_state is None else initial_state
+        return _step(q, k, v, decay, state, scale)
     o, state, _ = _forward(q, k, v, decay, initial_state, scale, packed, keep)
     return o, state
-
-
-class _Plan:
-    """The sizes and the compile-time choices that all launches of one call share."""
-
-    def __init__(self, q: Tensor, v: Tensor, decay: Tensor, packed: list[int]):
-        self.B, self.T, self.HK, self.K = q.shape
-        self.HV, self.V = v.shape[2:]
-        self.key = decay.ndim == 4
-        self.varlen, self.segments = len(packed) > 0, 1
-        exact = v.dtype != torch.bfloat16
-        self.low = torch.float32 if exact else torch.bfloat16
-        BK = max(16, triton.next_power_of_2(self.K))
-        BV = value_columns(self.V, BK, exact)
-        if self.varlen:
-            self.S, self.most = len(packed), -(-max(packed) // CHUNK)
-            self.starts, self.slots, self.bases = chunk_tables(tuple(packed), CHUNK, q.device)
-        else:
-            self.segments = segments(self.B * self.HV * triton.cdiv(self.V, BV), self.T)
-            self.S, self.T = self.B * self.segments, self.T // self.segments
-            self.most = -(-self.T // CHUNK)
-            self.starts = self.slots = self.bases = None
-        self.every = max(1, self.most)
-        if not self.varlen:
-            chunk_bytes = self.S * self.HV * self.K * self.V * self.low.itemsize
-            self.every = max(1, min(self.most, max(MIN_RANGE, RANGE_BYTES // max(1, chunk_bytes))))
-        self.parts = 1  # among how many programs the value heads of a key head are split
-        while self.pairs(0, min(self.every, self.most)) * self.HK * self.parts < GATHERERS and (
-            self.HV // self.HK % (2 * self.parts) == 0
-        ):
-            self.parts *= 2
-        rows = not self.varlen and self.T % CHUNK == 0
-
-        def full(columns: int) -> int:
-            return 0 if BK != self.K or self.V % columns else 2 if rows else 1
-
-        self.common = {"C": CHUNK, "VARLEN": self.varlen, "EXACT": exact}
-        self.walk = {
-            "BK": BK, "BV": BV, "KEY": self.key, "FULL": full(BV),
-            "STAGES": 1 if exact or BK == 256 else 2, "num_warps": 8 if BK == 256 or (exact and BK > 64) else 4,
-        }  # fmt: skip
-        channels = min(BK, 32 if exact else 64)
-        columns = min(BV, 32 if exact else 64)
-        inner = {"BV": columns, "NV": triton.cdiv(self.V, columns), "num_warps": 4}
-        self.scores = {"BK": channels, "NK": triton.cdiv(self.K, channels), "num_warps": 4}
-        self.pairs_head = self.scores | inner | {"FULL": full(columns), "STAGES": 1 if exact else 2}
-        self.gather_head = inner | {"BK": channels, "FULL": full(columns), "STAGES": 1 if exact else 2}
-        self.decay_head = self.scores | inner | {"NE": self.scores["NK"], "BH": HEADS}
-        columns = max(16, min(64 if exact else 128, triton.next_power_of_2(self.V)))
-        self.tree = {"BK": min(BK, 32), "BV": columns, "NV": triton.cdiv(self.V, columns), "num_warps": 8}
-        columns = min(BK, 64 if exact else 128)
-        self.blocks = {"BK": columns, "NK": triton.cdiv(self.K, columns), "num_warps": 8}
-
-    def ranges(self) -> list[tuple[int, int]]:
-        """Return the ranges of chunks that are taken one after another."""
-        return [(low, min(low + self.every, self.most)) for low in range(0, self.most, self.every)]
-
-    def pairs(self, low: int, high: int) -> int:
-        """Return how many (sequence, chunk) pairs the chunks [low, high) of every sequence are (all of packed ones)."""
-        return self.slots.shape[0] if self.slots is not None else self.S * (high - low)
-
-    def prepare(
-        self, q: Tensor, k: Tensor, decay: Tensor, low: int, high: int, scores: bool = True
-    ) -> dict[str, Tensor]:
-        """Return what the walks take for the chunks [low, high): q, k, k_lo, G, and P if its scores are wanted."""
-        pairs = self.pairs(low, high)
-        new = decay.new_empty
-        P = new((pairs, self.HV, CHUNK, CHUNK) if scores or self.key else (0,), dtype=self.low)
-        if not self.key:
-            G = new((pairs, self.HV, FACTORS.value, CHUNK), dtype=torch.float32)
-            prepare_head[(pairs, triton.cdiv(self.HV, HEADS))](
-                decay, G, self.starts, self.slots, self.T, low, high - low, self.HV,
-                C=CHUNK, BH=HEADS, VARLEN=self.varlen, num_warps=4,
-            )  # fmt: skip
-            if scores:
-                scores_head[(pairs * self.HK * self.parts,)](
-                    q, k, G, P, self.starts, self.slots, self.T, low, high - low, self.HK, self.HV, self.K,
-                    self.HV // self.HK // self.parts, self.parts, **self.common, **self.scores,
-                )  # fmt: skip
-            return {"q": q, "k": k, "k_lo": k, "G": G, "P": P}
-        tiles = (pairs, self.HV, CHUNK, self.K)
-        work = {name: new(tiles, dtype=self.low) for name in ("q", "k")}
-        work["k_lo"] = work["k"] if self.common["EXACT"] else new(tiles, dtype=self.low)
-        work |= {"G": new((pairs, self.HV, self.K), dtype=torch.float32), "P": P}
-        prepare_key[(pairs * self.HV,)](
-            q, k, decay, *work.values(), self.starts, self.slots,
-            self.T, low, high - low, self.HK, self.HV, self.K, **self.common, **self.blocks,
-        )  # fmt: skip
-        return work
-
-    def grid(self) -> tuple[int, int]:
-        """Return the grid of the two walks."""
-        return self.S * self.HV, triton.cdiv(self.V, self.walk["BV"])
-
-
-def value_columns(V: int, BK: int, exact: bool) -> int:
-    """Return how many value columns of the state one program walks with."""
-    return min(32 if exact and BK == 256 else 64, max(16, triton.next_power_of_2(V)))
-
-
-def segments(programs: int, T: int) -> int:
-    """Return into how many segments to cut sequences of T tokens, given how many programs would walk whole ones."""
-    count = 1
-    while programs * count < FULL_GPU and T % (2 * count * CHUNK) == 0 and T // (2 * count * CHUNK) >= MIN_SEGMENT:
-        count *= 2
-    return count
 
 
 @operator("statetrack::gated_linear_attention_forward")
@@ -174,104 +57,103 @@ def _forward(
     k: Tensor,
     v: Tensor,
     decay: Tensor,
-    initial_state: Tensor,
+    initial_state: Tensor | None,
     scale: float,
     packed: list[int],
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, decay, initial = (t.contiguous() for t in (q, k, v, decay, initial_state.float()))
-    plan = _Plan(q, v, decay, packed)
-    o, saved = torch.empty_like(v), initial.new_empty(_saved_shape(plan) if keep else (0,))
+    q, k, v, decay = (t.contiguous() for t in (q, k, v, decay))
+    state = None if initial_state is None else initial_state.float().contiguous()
+    plan = plan_of(q, v, decay, packed)
+    o, final = torch.empty_like(v), q.new_empty(plan.state, dtype=torch.float32)
+    saved = final.new_empty(_saved_shape(plan) if keep else (0,))
     if plan.most == 0:
-        return o, initial.clone(), saved
+        return o, final.zero_() if state is None else final.copy_(state), saved
+    work = plan.workspace(q, k)
+    ends = [final] * len(plan.ranges)  # a walk may write over what it started from
+    if keep:
+        ends = [*saved.unbind(0), final]
     if plan.segments > 1:
         if plan.key:
-            c = initial.new_zeros(plan.S, plan.HV, plan.K, plan.V)
-            for chunks in plan.ranges():
-                c = _walk(plan, plan.prepare(q, k, decay, *chunks), v, scale, c, chunks)
+            for chunks in plan.ranges:
+                plan.prepare(work, q, k, decay, chunks)
+                _walk(plan, work, v, scale, None if chunks[0] == 0 else final, chunks, final=final)
         else:
-            c = _end_of_segment(plan, q, k, decay, v, k, 1.0, back=False)
-        initial = _compose(decay, c, initial, plan.segments, adjoint=False)
-    state = initial
-    for at, chunks in enumerate(plan.ranges()):
-        if keep:
-            saved[at] = state
-        state = _walk(plan, plan.prepare(q, k, decay, *chunks), v, scale, state, chunks, o=o)
-    return o, state.unflatten(0, (-1, plan.segments))[:, -1].contiguous(), saved
+            _end_of_segment(plan, decay, v, k, 1.0, final, back=False)
+        out = ends.pop(0) if keep else torch.empty_like(final)
+        state = compose(_totals(plan, decay), final, state, out, plan.segments, back=False)
+    for chunks, end in zip(plan.ranges, ends, strict=True):
+        plan.prepare(work, q, k, decay, chunks)
+        _walk(plan, work, v, scale, state, chunks, o=o, final=end)
+        state = end
+    if plan.segments > 1:
+        final = final.unflatten(0, (-1, plan.segments))[:, -1].contiguous()
+    return o, final, saved
 
 
 def _walk(
-    plan: _Plan,
-    work: dict[str, Tensor],
+    plan: Plan,
+    work: Work,
     v: Tensor,
     scale: float,
-    initial: Tensor,
-    chunks: tuple[int, int],
+    initial: Tensor | None,
+    chunks: Range,
     o: Tensor | None = None,
     states: Tensor | None = None,
-) -> Tensor:
-    """Launch `walk` over a range of chunks; return the state after it."""
-    final = torch.empty_like(initial)
-    walk[plan.grid()](
-        work["q"], work["k"], work["k_lo"], v, work["G"], work["P"], initial, o, final, states,
-        plan.starts, plan.bases, plan.T, *chunks, scale, plan.HK, plan.HV, plan.K, plan.V,
-        STATES=states is not None, OUTPUT=o is not None, **plan.common, **plan.walk,
-    )  # fmt: skip
-    return final
+    final: Tensor | None = None,
+) -> None:
+    """Launch `walk` over a range of chunks, for what is given."""
+    q, k, k_lo, G, P = work
+    tensors = q, k, k_lo, v, G, P, initial, o, final, states, plan.starts, plan.bases
+    launch = plan.launch("walk", STATES=states is not None, OUTPUT=o is not None)
+    launch(plan.grid, tensors, (plan.T, *chunks, scale, *plan.widths))
 
 
 def _walk_back(
-    plan: _Plan,
-    work: dict[str, Tensor],
+    plan: Plan,
+    work: Work,
     d_out: Tensor,
     scale: float,
-    d_final: Tensor,
-    chunks: tuple[int, int],
+    d_final: Tensor | None,
+    chunks: Range,
+    d_state: Tensor,
     d_states: Tensor | None = None,
     dv: Tensor | None = None,
-) -> Tensor:
-    """Launch `walk_back` over a range of chunks; return the gradient to the state before it."""
-    d_state = torch.empty_like(d_final)
-    walk_back[plan.grid()](
-        work["q"], work["k"], d_out, work["G"], work["P"], d_final, d_state, d_states, dv,
-        plan.starts, plan.bases, plan.T, *chunks, scale, plan.HK, plan.HV, plan.K, plan.V,
-        OUTPUT=d_states is not None, **plan.common, **plan.walk,
-    )  # fmt: skip
-    return d_state
+) -> None:
+    """Launch `walk_back` over a range of chunks; d_state gets the gradient to the state before it."""
+    q, k, _, G, P = work
+    tensors = q, k, d_out, G, P, d_final, d_state, d_states, dv, plan.starts, plan.bases
+    launch = plan.launch("walk_back", OUTPUT=d_states is not None)
+    launch(plan.grid, tensors, (plan.T, *chunks, scale, *plan.widths))
 
 
-def _end_of_segment(plan: _Plan, q, k, decay, x, y, scale: float, back: bool) -> Tensor:
-    """Return what each segment adds to the state, or `back` to its gradient, with one decay per head."""
-    G = plan.prepare(q, k, decay, 0, plan.most, scores=False)["G"]
-    out = decay.new_empty((plan.S, plan.HV, plan.K, plan.V), dtype=torch.float32)
-    options = {name: plan.walk[name] for name in ("BK", "BV", "FULL", "num_warps")}
-    end_of_segment[plan.grid()](
-        x, y, G, out, plan.T, plan.most, scale, plan.HK, plan.HV, plan.K, plan.V,
-        C=CHUNK, BACK=back, EXACT=plan.common["EXACT"], **options,
-    )  # fmt: skip
-    return out
+def _end_of_segment(plan: Plan, decay, x, y, scale: float, out: Tensor, back: bool) -> None:
+    """Write what each segment adds to the state, or `back` to its gradient, with one decay per head."""
+    G = plan.factors(y, plan.S * plan.most)
+    plan.prepare_head(G, decay, (0, plan.most))
+    plan.launch("end_of_segment", BACK=back)(plan.grid, (x, y, G, out), (plan.T, plan.most, scale, *plan.widths))
 
 
-def _compose(decay: Tensor, c: Tensor, first: Tensor, count: int, adjoint: bool) -> Tensor:
-    """Return each segment's initial state [S H K V] under S <- total S + c; from the last segment back if adjoint."""
-    totals = decay.unflatten(1, (count, -1)).prod(2, dtype=torch.float64)
-    totals = totals.unsqueeze(-1) if decay.ndim == 4 else totals[..., None, None]
-    c, state, out = c.unflatten(0, (-1, count)), first.double(), [first] * count
-    for s in range(count - 1, -1, -1) if adjoint else range(count):
-        out[s] = state.float()
-        state = totals[:, s] * state + c[:, s]
-    return torch.stack(out, 1).flatten(0, 1)
+def _totals(plan: Plan, decay: Tensor) -> Tensor:
+    """Return the product of each segment's decays, in float64."""
+    return decay.unflatten(1, (plan.segments, -1)).prod(2, dtype=torch.float64)
 
 
-def _saved_shape(plan: _Plan) -> tuple[int, ...]:
-    return (len(plan.ranges()), plan.S, plan.HV, plan.K, plan.V)
+def _saved_shape(plan: Plan) -> tuple[int, ...]:
+    """Return the shape of the states before the ranges; that before the first is known if there are no segments."""
+    return (max(0, len(plan.ranges) - (plan.segments == 1)), *plan.state)
+
+
+def _new_state(q: Tensor, v: Tensor, packed: list[int]) -> Tensor:
+    """Allocate a state per sequence."""
+    return q.new_empty((len(packed) or q.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype=torch.float32)
 
 
 @_forward.register_fake
 def _(*args):
-    q, _, v, decay, initial_state, _, packed, keep = args
-    state = torch.empty_like(initial_state, dtype=torch.float32, memory_format=torch.contiguous_format)
-    saved = state.new_empty(_saved_shape(_Plan(q, v, decay, packed)) if keep else (0,))
+    q, _, v, decay, _, _, packed, keep = args
+    state, plan = _new_state(q, v, packed), Plan(q.shape, v.shape, v.dtype, decay.ndim == 4, tuple(packed), q.device)
+    saved = state.new_empty(_saved_shape(plan) if keep else (0,))
     return torch.empty_like(v, memory_format=torch.contiguous_format), state, saved
 
 
@@ -281,81 +163,103 @@ def _backward(
     k: Tensor,
     v: Tensor,
     decay: Tensor,
+    initial_state: Tensor | None,
     saved: Tensor,
     d_out: Tensor,
-    d_final: Tensor,
+    d_final: Tensor | None,
     scale: float,
     packed: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, decay, d_out, d_state = (t.contiguous() for t in (q, k, v, decay, d_out.to(v.dtype), d_final.float()))
-    plan = _Plan(q, v, decay, packed)
-    dv, d_decay = torch.empty_like(v), torch.empty(decay.shape, device=decay.device)
+    q, k, v, decay, d_out = (t.contiguous() for t in (q, k, v, decay, d_out.to(v.dtype)))
+    initial, ends = (None if t is None else t.float().contiguous() for t in (initial_state, d_final))
+    plan = plan_of(q, v, decay, packed)
+    dv, d_decay = torch.empty_like(v), torch.empty_like(decay, dtype=torch.float32)
+    d_state = q.new_empty(plan.state, dtype=torch.float32)
     if plan.most == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), dv, d_decay.to(decay.dtype), d_state.clone()
+        d_state = d_state.zero_() if ends is None else d_state.copy_(ends)
+        return torch.zeros_like(q), torch.zeros_like(k), dv, d_decay.to(decay.dtype), d_state
     parts = plan.HV // plan.HK if plan.key else plan.parts  # summed afterwards
-    dq, dk = (q.new_empty(parts, *q.shape, dtype=torch.float32 if parts > 1 else q.dtype) for _ in range(2))
+    shape, dtype = ((parts, *q.shape), torch.float32) if parts > 1 else (q.shape, q.dtype)
+    dq, dk = q.new_empty(shape, dtype=dtype), q.new_empty(shape, dtype=dtype)
+    work = plan.workspace(q, k)
     if plan.segments > 1:
         if plan.key:
-            c = d_state.new_zeros(plan.S, plan.HV, plan.K, plan.V)
-            for chunks in reversed(plan.ranges()):
-                c = _walk_back(plan, plan.prepare(q, k, decay, *chunks), d_out, scale, c, chunks)
+            for chunks in reversed(plan.ranges):
+                plan.prepare(work, q, k, decay, chunks)
+                _walk_back(plan, work, d_out, scale, None if chunks[1] == plan.most else d_state, chunks, d_state)
         else:
-            c = _end_of_segment(plan, q, k, decay, d_out, q, scale, back=True)
-        d_state = _compose(decay, c, d_state, plan.segments, adjoint=True)
-    for low, high in reversed(plan.ranges()):
-        work = plan.prepare(q, k, decay, low, high)
-        pairs = plan.pairs(low, high)
-        states, d_states = (v.new_empty(pairs, plan.HV, plan.V, plan.K, dtype=plan.low) for _ in range(2))
-        _walk(plan, work, v, scale, saved[low // plan.every], (low, high), states=states)
-        d_state = _walk_back(plan, work, d_out, scale, d_state, (low, high), d_states, dv)
-        where = plan.starts, plan.slots, plan.T, low, high - low, scale, plan.HK, plan.HV, plan.K, plan.V
-        if plan.key:
-            gather_key[(pairs * plan.HV, triton.cdiv(plan.K, plan.tree["BK"]))](
-                q, k, v, decay, d_out, states, d_states, dq, dk, d_decay, *where, q.numel(), **plan.common, **plan.tree,
-            )  # fmt: skip
-        else:
-            groups, spread = (plan.HV // plan.HK // parts, parts), pairs * plan.HK * parts
-            shared = v.new_empty(spread, CHUNK, CHUNK, dtype=plan.low)
-            edges = d_decay.new_empty(plan.decay_head["NE"], pairs, plan.HV, 3, CHUNK)
-            crossing = d_decay.new_empty(pairs, plan.HV, CHUNK)
-            pairs_head[(spread,)](
-                q, k, v, d_out, work["G"], shared, crossing, *where, *groups, **plan.common, **plan.pairs_head
-            )
-            gather_head[(spread, plan.decay_head["NE"])](
-                q, k, v, d_out, work["G"], states, d_states, shared, dq, dk, edges, *where,
-                *groups, q.numel(), edges[0].numel(), **plan.common, **plan.gather_head,
-            )  # fmt: skip
-            decay_head[(pairs, triton.cdiv(plan.HV, HEADS))](
-                q, k, v, d_out, decay, work["G"], edges, crossing, d_decay, *where,
-                edges[0].numel(), **plan.common, **plan.decay_head,
-            )  # fmt: skip
-    dq, dk = (x.sum(0).to(q.dtype) if parts > 1 else x[0] for x in (dq, dk))
-    return dq, dk, dv, d_decay.to(decay.dtype), d_state.unflatten(0, (-1, plan.segments))[:, 0].contiguous()
+            _end_of_segment(plan, decay, d_out, q, scale, d_state, back=True)
+        ends = compose(_totals(plan, decay), d_state, ends, torch.empty_like(d_state), plan.segments, back=True)
+    before = [*saved.unbind(0)] if plan.segments > 1 else [initial, *saved.unbind(0)]
+    states, d_states = (q.new_empty((plan.pairs, plan.HV, plan.V, plan.K), dtype=plan.low) for _ in range(2))
+    gather = _gather_key if plan.key else _gather_head(plan, q)
+    for chunks, state in zip(reversed(plan.ranges), reversed(before), strict=True):
+        plan.prepare(work, q, k, decay, chunks)
+        _walk(plan, work, v, scale, state, chunks, states=states)
+        _walk_back(plan, work, d_out, scale, ends, chunks, d_state, d_states, dv)
+        ends = d_state
+        gather(plan, chunks, scale, (q, k, v, decay, d_out), work[3], (states, d_states), (dq, dk, d_decay))
+    if parts > 1:
+        dq, dk = dq.sum(0).to(q.dtype), dk.sum(0).to(k.dtype)
+    if plan.segments > 1:
+        d_state = d_state.unflatten(0, (-1, plan.segments))[:, 0].contiguous()
+    return dq, dk, dv, d_decay.to(decay.dtype), d_state
+
+
+def _gather_key(plan: Plan, chunks: Range, scale: float, inputs, _, states, grads) -> None:
+    """Launch what writes the gradients of a range of chunks, with one decay per key channel."""
+    (low, high), pairs = chunks, plan.pairs_of(*chunks)
+    numbers = plan.T, low, high - low, scale, *plan.widths, inputs[0].numel()
+    grid = pairs * plan.HV, triton.cdiv(plan.K, plan.tree["BK"])
+    plan.launch("gather_key")(grid, (*inputs, *states, *grads, plan.starts, plan.slots), numbers)
+
+
+def _gather_head(plan: Plan, like: Tensor) -> Callable[..., None]:
+    """Return the launches of what writes the gradients of a range of chunks, with one decay per head."""
+    edges = like.new_empty((plan.decay_head["NE"], plan.pairs, plan.HV, 3, CHUNK), dtype=torch.float32)
+    crossing = like.new_empty((plan.pairs, plan.HV, CHUNK), dtype=torch.float32)
+    shared = like.new_empty((plan.pairs * plan.HK * plan.parts, CHUNK, CHUNK), dtype=plan.low)
+    split, stride = (plan.HV // plan.HK // plan.parts, plan.parts), 3 * crossing.numel()
+    where = plan.starts, plan.slots
+
+    def run(plan: Plan, chunks: Range, scale: float, inputs, G, states, grads) -> None:
+        q, k, v, decay, d_out = inputs
+        dq, dk, d_decay = grads
+        (low, high), pairs = chunks, plan.pairs_of(*chunks)
+        spread, numbers = pairs * plan.HK * plan.parts, (plan.T, low, high - low, scale, *plan.widths)
+        plan.launch("pairs_head")((spread,), (q, k, v, d_out, G, shared, crossing, *where), (*numbers, *split))
+        plan.launch("gather_head")(
+            (spread, plan.decay_head["NE"]),
+            (q, k, v, d_out, G, *states, shared, dq, dk, edges, *where),
+            (*numbers, *split, q.numel(), stride),
+        )
+        grid = pairs, triton.cdiv(plan.HV, HEADS)
+        tensors = q, k, v, d_out, decay, G, edges, crossing, d_decay, *where
+        plan.launch("decay_head")(grid, tensors, (*numbers, stride))
+
+    return run
 
 
 @_backward.register_fake
 def _(*args):
-    q, k, v, decay, d_final = *args[:4], args[6]
-    grads = q, k, v, decay, d_final.float()
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in grads)
+    grads = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in args[:4])
+    return *grads, _new_state(args[0], args[2], args[9])
 
 
 def _save_for_backward(ctx, inputs, output):
     q, k, v, decay, initial_state, ctx.scale, ctx.packed, _ = inputs
-    ctx.state_dtype, ctx.state_shape = initial_state.dtype, initial_state.shape
-    ctx.save_for_backward(q, k, v, decay, output[2])
+    ctx.state_dtype = None if initial_state is None else initial_state.dtype
+    ctx.save_for_backward(q, k, v, decay, initial_state, output[2])
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
 def _run_backward(ctx, d_out, d_final, _):
-    q, k, v, decay, saved = ctx.saved_tensors
+    *inputs, saved = ctx.saved_tensors
     if d_out is None:
-        d_out = torch.zeros_like(v)
-    if d_final is None:
-        d_final = v.new_zeros(ctx.state_shape, dtype=torch.float32)
-    *grads, d_state = _backward(q, k, v, decay, saved, d_out, d_final, ctx.scale, ctx.packed)
-    return *grads, d_state.to(ctx.state_dtype), None, None, None
+        d_out = torch.zeros_like(inputs[2])
+    *grads, d_state = _backward(*inputs, saved, d_out, d_final, ctx.scale, ctx.packed)
+    return *grads, None if ctx.state_dtype is None else d_state.to(ctx.state_dtype), None, None, None
 
 
 _forward.register_autograd(_run_backward, setup_context=_save_for_backward)
@@ -393,8 +297,6 @@ def _launch_step(q, k, v, decay, state, scale, final) -> Tensor:
     (B, _, HK, K), (HV, V) = q.shape, v.shape[2:]
     o = torch.empty_like(v)
     BV = 16 if B * HV * V < 32 * FULL_GPU else 32
-    step[(B * HV, triton.cdiv(V, BV))](
-        q, k, v, decay, state, o, final, scale, HK, HV, K, V,
-        BK=max(16, triton.next_power_of_2(K)), BV=BV, KEY=decay.ndim == 4, num_warps=4,
-    )  # fmt: skip
+    launch = bind(step, BK=max(16, triton.next_power_of_2(K)), BV=BV, KEY=decay.ndim == 4, num_warps=4)
+    launch((B * HV, triton.cdiv(V, BV)), (q, k, v, decay, state, o, final), (scale, HK, HV, K, V))
     return o

@@ -74,7 +74,8 @@ def walk(
 ):  # fmt: skip
     """Walk over the chunks [c_lo, c_hi) of one sequence and head (all, if packed), for BV columns of the state.
 
-    OUTPUT writes o, STATES the state before each chunk in the products' type.
+    OUTPUT writes o, STATES the state before each chunk in the products' type. No initial state is zero; `final` may be
+    the same tensor, or none.
     """
     sh = tl.program_id(0)
     iv = tl.program_id(1)
@@ -92,7 +93,10 @@ def walk(
     turned = d[None, :] * V + e[:, None]  # of a [K V] state
     token, _ = span(s, 0, starts, T, C, VARLEN)
     total, base, last = stretch(s, starts, bases, T, c_lo, c_hi, C, VARLEN)
-    S = tl.load(initial + sh.to(tl.int64) * K * V + turned, mask=inside, other=0.0)
+    if initial is None:
+        S = tl.zeros((BV, BK), tl.float32)
+    else:
+        S = tl.load(initial + sh.to(tl.int64) * K * V + turned, mask=inside, other=0.0)
     for c in tl.range(c_lo, last, num_stages=STAGES):
         slot = (base + c) * HV + h
         first = token + c * C
@@ -124,7 +128,8 @@ def walk(
         else:
             u_hi, u_lo = split(vt.to(tl.float32) * factor(G, slot, END, i, C)[None, :], EXACT)
             S = S * tl.load(G + (slot * FACTORS + START) * C + C - 1) + dot_split(u_hi, u_lo, kt, 2, EXACT)
-    tl.store(final + sh.to(tl.int64) * K * V + turned, S, mask=inside)
+    if final is not None:
+        tl.store(final + sh.to(tl.int64) * K * V + turned, S, mask=inside)
 
 
 @triton.jit
@@ -136,7 +141,8 @@ def walk_back(
 ):  # fmt: skip
     """Walk back from chunk c_hi - 1 to c_lo of one sequence and head, for BV columns of the state's gradient.
 
-    OUTPUT writes dv, and the gradient to the state after each chunk in the products' type.
+    OUTPUT writes dv, and the gradient to the state after each chunk in the products' type. No d_final is zero; d_state
+    may be the same tensor.
     """
     sh = tl.program_id(0)
     iv = tl.program_id(1)
@@ -154,7 +160,10 @@ def walk_back(
     turned = d[None, :] * V + e[:, None]
     token, _ = span(s, 0, starts, T, C, VARLEN)
     total, base, last = stretch(s, starts, bases, T, c_lo, c_hi, C, VARLEN)
-    D = tl.load(d_final + sh.to(tl.int64) * K * V + turned, mask=inside, other=0.0)
+    if d_final is None:
+        D = tl.zeros((BV, BK), tl.float32)
+    else:
+        D = tl.load(d_final + sh.to(tl.int64) * K * V + turned, mask=inside, other=0.0)
     for back in tl.range(0, last - c_lo, num_stages=STAGES):
         c = last - 1 - back
         slot = (base + c) * HV + h
