@@ -268,7 +268,8 @@ def main(arguments: list[str] | None = None) -> None:
     except UsageError as error:
         _fail(str(error), 2)
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 2)
+        what = error.strerror or str(error)
+        _fail(f"{error.filename}: {what}" if error.filename and error.strerror else what, 2)
     except _Terminated:
         _fail("stopped", 143)
     except KeyboardInterrupt:
