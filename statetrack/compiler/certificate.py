@@ -80,7 +80,7 @@ class Certificate:
     def __str__(self) -> str:
         """Return the certificate as text."""
         verdict = "EXACT AT EVERY LENGTH" if self.passed else "NOT EXACT" if self.wrongs else "NOT PROVED"
-        large = f"; {self.beyond} in one token, {MOST} at most are proved (but by backend reference)" * (self.beyond > 0)
+        large = f"; {self.beyond} in one token, proved for {MOST} at most (but by reference)" * (self.beyond > 0)
         transitions, inexact, factors, others = self.comparison
         return "\n".join(
             [
@@ -88,7 +88,6 @@ class Certificate:
                 f"  {self.search}",
                 f"  operation x vector:  {transitions} transitions compared bit by bit, {inexact} differ",
                 f"  factors:             {factors} in all operations, {others} that a chunk may round{large}",
-                + too_many * (self.beyond > 0),
                 f"  in parallel:         {self.tokens} random letters, {self.wrong} states wrong",
             ]
         )
