@@ -28,7 +28,7 @@ from gpu_turns import Contender, report, take_turns
 from tables import table
 
 from statetrack.ops import selective_scan
-from statetrack.ops.selective_scan import triton as kernels
+from statetrack.ops.selective_scan import triton_plan as plans
 
 CLOCK = 1.98e9  # Hz, an H200 at work
 
@@ -111,18 +111,20 @@ def mamba(x: dict, extension, d_out: torch.Tensor) -> Contender:
 def settings(variant: str, size: int):
     """Set constants of the kernels' module for a while; schedules are those of one size."""
     changes = dict(part.split("=") for part in variant.split(";") if part)
-    plain = {name: getattr(kernels, name) for name in changes}
+    plain = {name: getattr(plans, name) for name in changes}
     for name, value in changes.items():
         numbers = [int(n) for n in value.split(",")]
         new = numbers[0]
         if len(numbers) > 1:
-            new = [*plain[name][:size], kernels.Schedule(*numbers), *plain[name][size + 1 :]]
-        setattr(kernels, name, new)
+            new = [*plain[name][:size], plans.Schedule(*numbers), *plain[name][size + 1 :]]
+        setattr(plans, name, new)
+    plans._plan.cache_clear()
     try:
         yield
     finally:
         for name, value in plain.items():
-            setattr(kernels, name, value)
+            setattr(plans, name, value)
+        plans._plan.cache_clear()
 
 
 def worst_error(x: dict, eigenvalues, d_out) -> float:
@@ -144,7 +146,7 @@ def contenders(name: str, args: argparse.Namespace, extension) -> tuple[dict[str
     d_out = torch.randn_like(x["u"])
     found = {}
     variants = args.variant + (VARIANTS[name] if args.variants else [])
-    size = kernels._Plan(x["u"], x["A"].shape[1], [], True).size
+    size = plans.plan_of(x["u"], x["A"], [], True, 1.0).size
     for label, eigenvalues, variant in (
         ("[-1,1]", (-1.0, 1.0), ""),
         ("[0,1]", (0.0, 1.0), ""),

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from statetrack.errors import UsageError
 from statetrack.ops import selective_scan
-from statetrack.ops.selective_scan import triton as kernels
+from statetrack.ops.selective_scan import triton_plan as plans
 from statetrack.ops.selective_scan.triton import selective_scan_step_
 
 from . import test_delta_rule_triton as delta
@@ -24,7 +24,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 RANGES = [(-1.0, 1.0), (0.0, 1.0)]
 ALL = [*RANGES, (-0.5, 0.25)]
 run: Any = partial(selective_scan, backend="triton")
-every_size = pytest.mark.parametrize("size", range(len(kernels.FORWARD)))
+every_size = pytest.mark.parametrize("size", range(len(plans.FORWARD)))
 
 
 def draw(B=1, T=40, D=40, M=3, dtype=F32, skip=True, gate=True, lengths=None, full=False) -> dict[str, Any]:
@@ -74,8 +74,8 @@ def forced(monkeypatch):
 
     def choose(size: int) -> None:
         for name in ("FORWARD", "BACKWARD"):
-            monkeypatch.setattr(kernels, name, getattr(kernels, name)[size : size + 1])
-        monkeypatch.setattr(kernels, "FULL_GPU", 1)
+            monkeypatch.setattr(plans, name, getattr(plans, name)[size : size + 1])
+        monkeypatch.setattr(plans, "FULL_GPU", 1)
 
     return choose
 
@@ -143,15 +143,15 @@ def test_real_shapes(shape, eigenvalues):
 
 @pytest.mark.parametrize("eigenvalues", RANGES)
 def test_segments_equal_one_walk(eigenvalues, monkeypatch):
-    monkeypatch.setattr(kernels, "MIN_SEGMENT", 128)
+    monkeypatch.setattr(plans, "MIN_SEGMENT", 128)
     x = draw(B=2, T=512, D=16, M=2)
-    assert kernels._Plan(x["u"], 2, [], True).segments == 4
+    assert plans.plan_of(x["u"], x["A"], [], True, 1.0).segments == 4
     check(x, eigenvalues=eigenvalues)
 
 
 def test_what_the_rule_chooses():
     def chosen(B, T, D):
-        plan = kernels._Plan(torch.empty(B, T, D, device="meta"), 16, [], True)
+        plan = plans.Plan((B, T, D), 16, (), True, True, torch.device("meta"))
         return plan.size, plan.segments
 
     assert chosen(8, 4096, 4096) == (0, 1)
@@ -162,7 +162,7 @@ def test_what_the_rule_chooses():
 
 
 def test_every_backward_tile_is_a_multiple_of_the_forward_that_keeps_states():
-    assert all(b.tile % f.TOK == 0 for f, b in zip(kernels.FORWARD, kernels.BACKWARD, strict=True))
+    assert all(b.tile % f.TOK == 0 for f, b in zip(plans.FORWARD, plans.BACKWARD, strict=True))
 
 
 @every_size

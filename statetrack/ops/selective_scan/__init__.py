@@ -75,11 +75,9 @@ def selective_scan(  # noqa: PLR0913 (the recurrence has seven tensors)
         raise UsageError(f"eigenvalues must be (lo, hi) with -1 <= lo < hi <= 1, got {tuple(eigenvalues)}")
     lengths = _check_shapes(u, dt, A, B, C, D, z, initial_state, cu_seqlens)
     compute = torch.float64 if torch.float64 in (u.dtype, dt.dtype, A.dtype) else torch.float32
-    if initial_state is None:
-        initial_state = u.new_zeros(len(lengths), *A.shape, dtype=compute)
     if D is None:
         D = u.new_zeros(A.shape[0], dtype=compute)
-    initial_state, A, D = initial_state.to(compute), A.to(compute), D.to(compute)
+    A, D = A.to(compute), D.to(compute)
     if backend == "triton" or (backend == "auto" and u.is_cuda):
         reason = _not_for_triton(u, A, B, C, z, compute)
         if reason is None:
@@ -88,6 +86,9 @@ def selective_scan(  # noqa: PLR0913 (the recurrence has seven tensors)
             return selective_scan_triton(u, dt, A, B, C, D, z, eigenvalues, initial_state, lengths)
         if backend == "triton":
             raise UsageError(f'backend="triton" {reason}; use backend="chunk"')
+    if initial_state is None:
+        initial_state = u.new_zeros(len(lengths), *A.shape, dtype=compute)
+    initial_state = initial_state.to(compute)
     one_token = cu_seqlens is None and u.shape[1] == 1  # decoding: nothing to put into blocks
     if backend == "reference" or (backend == "auto" and one_token):
         cast = (u.to(compute), dt.to(compute), A, B.to(compute), C.to(compute), D)

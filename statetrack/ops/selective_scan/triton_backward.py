@@ -18,6 +18,7 @@ from statetrack.ops.selective_scan.triton_forward import (
     everyones,
     gather_sums,
     load_own,
+    load_rates,
     load_shared,
     load_states,
     store_own,
@@ -41,11 +42,11 @@ def gated(dys, zs):
 
 @triton.jit
 def adjoint(
-    dt, z, A, BC, dy, d_state, product, starts, T, M, lo, width,
-    D: tl.constexpr, TOK: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
-    WHOLE: tl.constexpr, FULL: tl.constexpr, VARLEN: tl.constexpr,
+    dt, z, A, BC, dy, d_state, product, starts, T, lo, width,
+    D: tl.constexpr, M: tl.constexpr, TOK: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
+    N: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """Walk back over one sequence: `d_state` [S M D] is read and written, `product` gets all eigenvalues' product."""
+    """Walk back over one sequence from zero to `d_state` [S D M]; `product` gets all eigenvalues' product."""
     DL: tl.constexpr = N // G
     R: tl.constexpr = max(1, TOK // G)
     Q: tl.constexpr = max(1, G // TOK)
@@ -56,8 +57,8 @@ def adjoint(
     else:
         total = T
     memory = s.to(tl.int64) * M * D
-    rates = load_states(A, g, d, M, D, CH, K, DL)
-    Gs = load_states(d_state + memory, g, d, M, D, CH, K, DL)
+    rates = load_rates(A, g, d, M, D, CH, K, DL)
+    Gs = load_states(None, g, d, M, True, D, CH, K, DL)
     Ps = ()
     for _ in tl.static_range(CH * K):
         Ps = Ps + (tl.full((N,), 1.0, tl.float32),)
@@ -82,21 +83,21 @@ def adjoint(
                     new_Ps = new_Ps + (Ps[j * K + k] * a,)
             Gs = new_Gs
             Ps = new_Ps
-    store_states(d_state + memory, Gs, g, d, M, D, CH, K, DL)
-    store_states(product + memory, Ps, g, d, M, D, CH, K, DL)
+    store_states(d_state + memory, Gs, g, d, M, True, D, CH, K, DL)
+    store_states(product + memory, Ps, g, d, M, True, D, CH, K, DL)
 
 
 @triton.jit
 def backward(
-    u, dt, z, A, BC, skip, dy, saved, d_state, du, d_dt, dz, dA, d_skip, parts, scratch, sums, starts, bases,
-    T, M, stride, lo, width,
-    D: tl.constexpr, TOK: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
-    SUB: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr, VARLEN: tl.constexpr,
+    u, dt, z, A, BC, skip, dy, saved, d_final, d_state, du, d_dt, dz, dA, d_skip, parts, scratch, sums, starts, bases,
+    T, stride, lo, width,
+    D: tl.constexpr, M: tl.constexpr, TOK: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
+    N: tl.constexpr, SUB: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """Walk back over one sequence, for CH N / G channels; `d_state` [S M D] is read and written.
+    """Walk back over one sequence, for CH N / G channels, from `d_final` to `d_state` [S D M]; none is zero.
 
-    Writes dA [S M D], d_skip [S G D] (what belongs to each thread's tokens), and to `parts` [blocks tokens G 2 K] what
-    the block's channels give to dB and dC. A program has scratch [SUB CH K N] and sums [N/32 SUB TOK G 2 K].
+    Writes dA [S D M], d_skip [S G/Q D] (what belongs to each thread's tokens), and to `parts` [blocks tokens G 2 K]
+    what the block's channels give to dB and dC. A program has scratch [SUB CH K N] and sums [N/32 SUB TOK G 2 K].
     """
     DL: tl.constexpr = N // G
     R: tl.constexpr = max(1, TOK // G)
@@ -118,8 +119,10 @@ def backward(
     PARTS: tl.constexpr = min(32 // G, 2 * K)
     EACH: tl.constexpr = 2 * K // PARTS
     own_sums = sums + lane // 32 * (SPAN * WIDE) + g * (2 * K) + lane % 32 // (32 // PARTS) * EACH
-    rates = load_states(A, g, d, M, D, CH, K, DL)
-    Gs = load_states(d_state + memory, g, d, M, D, CH, K, DL)
+    rates = load_rates(A, g, d, M, D, CH, K, DL)
+    if d_final is not None:
+        d_final += memory
+    Gs = load_states(d_final, g, d, M, True, D, CH, K, DL)
     dAs = ()
     for _ in tl.static_range(CH * K):
         dAs = dAs + (tl.zeros((N,), tl.float32),)
@@ -132,7 +135,7 @@ def backward(
     for back in range(0, last + 1):
         tile = last - back
         tile_token, tile_left = span(s, tile, starts, T, SPAN, VARLEN)
-        hs = load_states(saved + (base + tile).to(tl.int64) * M * D, g, d, M, D, CH, K, DL)
+        hs = load_states(saved + (base + tile).to(tl.int64) * M * D, g, d, M, False, D, CH, K, DL)
         for sub in range(0, SUB):
             for v in tl.static_range(CH * K):
                 tl.store(scratch + (sub * (CH * K) + v) * N, hs[v])
@@ -262,10 +265,13 @@ def backward(
                 out += tl.load(there + (warp * (SPAN * WIDE) + r * N), mask=here, other=0.0)
             tl.store(to + r * N, out, mask=here)
         tl.debug_barrier()
-    store_states(d_state + memory, Gs, g, d, M, D, CH, K, DL)
-    store_states(dA + memory, dAs, g, d, M, D, CH, K, DL)
+    store_states(d_state + memory, Gs, g, d, M, True, D, CH, K, DL)
+    new_dAs = ()
+    for v in tl.static_range(CH * K):
+        new_dAs = new_dAs + (dAs[v] * width,)
+    store_states(dA + memory, new_dAs, g, d, M, True, D, CH, K, DL)
     for j in tl.static_range(CH):
-        tl.store(d_skip + (s * G + g) * D + d + j * DL, d_skips[j], mask=(d + j * DL < D) & (g % Q == 0))
+        tl.store(d_skip + (s * (G // Q) + g // Q) * D + d + j * DL, d_skips[j], mask=(d + j * DL < D) & (g % Q == 0))
 
 
 @triton.jit

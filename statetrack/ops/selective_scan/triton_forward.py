@@ -49,25 +49,50 @@ def threads(D, CH: tl.constexpr, G: tl.constexpr, N: tl.constexpr, R: tl.constex
 
 
 @triton.jit
-def load_states(p, g, d, M, D: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, DL: tl.constexpr):
-    """Load a thread's part of [M D]: the K states of channel d, then of the next; 0 where there is none."""
+def load_states(
+    p, g, d,
+    M: tl.constexpr, TURNED: tl.constexpr, D: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, DL: tl.constexpr,
+):  # fmt: skip
+    """Load a thread's part of [M D], TURNED: [D M]: the K states of channel d, then of the next; 0 where there is none.
+
+    All zero if p is None.
+    """
     out = ()
-    at = p + (g * (K * D) + d)
     for j in tl.static_range(CH):
         for k in tl.static_range(K):
             known = (g * K + k < M) & (d + j * DL < D)
-            out = out + (tl.load(at + (k * D + j * DL), mask=known, other=0.0),)
+            if p is None:
+                out = out + (tl.zeros(d.shape, tl.float32),)
+            elif TURNED:
+                out = out + (tl.load(p + (d * M + g * K) + (j * DL * M + k), mask=known, other=0.0),)
+            else:
+                out = out + (tl.load(p + (g * (K * D) + d) + (k * D + j * DL), mask=known, other=0.0),)
     return out
 
 
 @triton.jit
-def store_states(p, values, g, d, M, D: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, DL: tl.constexpr):
+def store_states(
+    p, values, g, d,
+    M: tl.constexpr, TURNED: tl.constexpr, D: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, DL: tl.constexpr,
+):  # fmt: skip
     """Store what `load_states` loads."""
-    at = p + (g * (K * D) + d)
     for j in tl.static_range(CH):
         for k in tl.static_range(K):
             known = (g * K + k < M) & (d + j * DL < D)
-            tl.store(at + (k * D + j * DL), values[j * K + k], mask=known)
+            if TURNED:
+                tl.store(p + (d * M + g * K) + (j * DL * M + k), values[j * K + k], mask=known)
+            else:
+                tl.store(p + (g * (K * D) + d) + (k * D + j * DL), values[j * K + k], mask=known)
+
+
+@triton.jit
+def load_rates(A, g, d, M: tl.constexpr, D: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, DL: tl.constexpr):
+    """Load a thread's part of A [D M], in units of log 2."""
+    A = load_states(A, g, d, M, True, D, CH, K, DL)
+    out = ()
+    for v in tl.static_range(CH * K):
+        out = out + (A[v] * 1.4426950408889634,)
+    return out
 
 
 @triton.jit
@@ -181,13 +206,14 @@ def pack(B, C, BC, rows, M, G: tl.constexpr, K: tl.constexpr, BT: tl.constexpr):
 
 @triton.jit
 def forward(
-    u, dt, z, A, BC, skip, y, state, product, saved, starts, kept_bases, T, M, every, lo, width,
-    D: tl.constexpr, TOK: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
-    OUTPUT: tl.constexpr, SAVE: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr, VARLEN: tl.constexpr,
+    u, dt, z, A, BC, skip, y, initial, state, product, saved, starts, kept_bases, T, every, lo, width,
+    D: tl.constexpr, M: tl.constexpr, TOK: tl.constexpr, CH: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
+    N: tl.constexpr, OUTPUT: tl.constexpr, SAVE: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr,
+    VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """Walk over one sequence, for CH N / G channels; `state` [S M D] is read and written.
+    """Walk over one sequence, for CH N / G channels, from `initial` to `state` [S D M]; none is zero.
 
-    OUTPUT writes y; else `product` [S M D] gets the product of all eigenvalues. SAVE keeps the state before the first
+    OUTPUT writes y; else `product` [S D M] gets the product of all eigenvalues. SAVE keeps the state before the first
     token and each time `every` times TOK tokens have passed.
     """
     DL: tl.constexpr = N // G
@@ -202,8 +228,10 @@ def forward(
         total = T
         kept = s * tl.cdiv(T, TOK * every)
     memory = s.to(tl.int64) * M * D
-    rates = load_states(A, g, d, M, D, CH, K, DL)
-    hs = load_states(state + memory, g, d, M, D, CH, K, DL)
+    rates = load_rates(A, g, d, M, D, CH, K, DL)
+    if initial is not None:
+        initial += memory
+    hs = load_states(initial, g, d, M, True, D, CH, K, DL)
     Ps = ()
     for _ in tl.static_range(CH * K):
         Ps = Ps + (tl.full((N,), 1.0, tl.float32),)
@@ -229,7 +257,7 @@ def forward(
         if SAVE:
             if tile % every == 0:
                 keep = saved + (kept + tile // every).to(tl.int64) * M * D
-                store_states(keep, hs, g, d, M, D, CH, K, DL)
+                store_states(keep, hs, g, d, M, False, D, CH, K, DL)
         ys = ()
         for i in tl.static_range(TOK):
             BCs = load_shared(BC + token * (2 * G * K), g, i, left, G, K, FULL)
@@ -258,6 +286,6 @@ def forward(
                     out *= gates[v] * sigmoid(gates[v])
                 outs = outs + (out,)
             store_own(y + rows, outs, at, first, d, left, D, R, CH, DL, FULL)
-    store_states(state + memory, hs, g, d, M, D, CH, K, DL)
+    store_states(state + memory, hs, g, d, M, True, D, CH, K, DL)
     if not OUTPUT:
-        store_states(product + memory, Ps, g, d, M, D, CH, K, DL)
+        store_states(product + memory, Ps, g, d, M, True, D, CH, K, DL)
