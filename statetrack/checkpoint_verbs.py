@@ -104,7 +104,8 @@ def inspect(a: InspectArguments) -> None:
     for row in found if a.every else by_layer(found):
         numbers = (f"{row.lowest:.2f}", f"{row.median:.2f}", f"{row.negative:.0%}", f"{row.turning:.0%}")
         place = (str(row.layer), *((str(row.head),) if a.every else ()), row.mixer)
-        table.add_row(*place, *numbers, f"{row.distance:.2f}", row.verdict)
+        said = row.verdict.partition(":")[0] if a.every else row.verdict
+        table.add_row(*place, *numbers, f"{row.distance:.2f}", said)
     console = Console(markup=False)
     console.print(table)
     console.print(f"{summary(found)}; wrote {a.out}.json, .png, .svg", soft_wrap=True, highlight=False)

@@ -242,30 +242,30 @@ def _summary(products: Complex[Tensor, "P E"]) -> Window:
 
 
 def verdict(head: dict[str, Any]) -> str:
-    """Say in words what a head can follow on this text, by the theorems for finite precision."""
+    """Say in words what a head can follow on this text, by the theorems for finite precision: KIND: REASON."""
     orders, lowest = head["orders"], head["lowest"]
     turns = {m: share for m, share in orders.items() if m > 2 and share >= 0.01}
     if turns:
         m = max(turns, key=lambda m: turns[m])
-        return f"turns: {turns[m]:.0%} of the tokens are close to a rotation of order {m}"
+        return f"turns, order {m}: {turns[m]:.0%} of the tokens are close to such a rotation"
     if orders[2] >= 0.01:
         return f"flips: {orders[2]:.0%} of the tokens are close to a reflection"
     if lowest >= 0 and not head["turning"]:
-        return "no eigenvalue below 0: cannot follow parity, nor any count modulo m"
+        return "never below 0: cannot follow parity, nor any count modulo m"
     if lowest < 0 and abs(lowest) < 1 - NEAR:
-        return f"negative, but what is flipped fades: at most {abs(lowest):.2f} of it is left after one flip"
+        return f"fades: negative, but at most {abs(lowest):.2f} of what is flipped is left after one flip"
     if (share := max(head["negative"], head["turning"])) >= 0.01:
-        return f"flips or turns in part on {share:.0%} of the tokens, none of them close to a finite order as a whole"
-    return "forgets and keeps; flips next to nothing on this text"
+        return f"in part: flips or turns on {share:.0%} of the tokens, none of them close to a finite order as a whole"
+    return "still: forgets and keeps, flips next to nothing on this text"
 
 
 def summary(heads: list[Head]) -> str:
     """Say in one sentence what the model does."""
-    kinds = {"turn": "turns", "flip": "flips", "never go below 0": "no eigenvalue"}
+    kinds = {"turn": "turns", "flip": "flips", "fade": "fades", "never go below 0": "never"}
     counts = {name: sum(head.verdict.startswith(start) for head in heads) for name, start in kinds.items()}
     listed = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     rest = len(heads) - sum(counts.values())
-    return f"of {len(heads)} heads {listed or 'none turns or flips'}" + (f", {rest} do neither" if rest else "")
+    return f"of {len(heads)} heads {listed or 'none turns or flips'}" + (f", {rest} none of this" if rest else "")
 
 
 def by_layer(heads: list[Head]) -> list[Head]:
@@ -273,7 +273,7 @@ def by_layer(heads: list[Head]) -> list[Head]:
     rows = []
     for layer in sorted({head.layer for head in heads}):
         own = [head for head in heads if head.layer == layer]
-        words = [head.verdict.partition(":")[0].partition(",")[0] for head in own]
+        words = [head.verdict.partition(":")[0] for head in own]
         counted = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
         middle = {name: sorted(getattr(head, name) for head in own)[len(own) // 2] for name in ("median", "distance")}
         means = {name: sum(getattr(head, name) for head in own) / len(own) for name in ("negative", "turning")}

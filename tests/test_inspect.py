@@ -111,12 +111,12 @@ def test_planted_rotations_and_reflections_are_found():
     tokens = torch.tensor([[0, 1] * 40])
     (head,) = spectra(tracker(math.pi / 3), tokens)  # two reflections 60 degrees apart: a turn of 120 degrees
     assert head.orders[3] == 0.5 and head.orders[1] == 0.5 and head.turning == 0.5 and head.negative == 0.5
-    assert head.distance < 1e-3 and head.verdict == "turns: 50% of the tokens are close to a rotation of order 3"
+    assert head.distance < 1e-3 and head.verdict == "turns, order 3: 50% of the tokens are close to such a rotation"
     assert set(head.windows) == set(WINDOWS) and all(abs(w.largest - 1) < 1e-3 for w in head.windows.values())
     assert abs(sum(head.histogram) - 1) < 1e-9 and len(head.histogram) == BINS
     (locked,) = spectra(tracker(math.pi / 3, (0.0, 1.0)), tokens)
     assert locked.negative == 0 and locked.lowest >= 0 and locked.windows[4].negative == 0
-    assert locked.verdict.startswith("no eigenvalue below 0")
+    assert locked.verdict.startswith("never below 0: ")
     (flip,) = spectra(tracker(math.pi / 2), tokens)  # orthogonal keys: -1 twice
     assert flip.orders[2] == 0.5 and flip.verdict.startswith("flips: 50% of the tokens")
     assert summary([flip, locked]) == "of 2 heads 1 flip, 1 never go below 0"
@@ -124,7 +124,7 @@ def test_planted_rotations_and_reflections_are_found():
 
 def test_what_fades_is_said_to_fade():
     head = {"orders": dict.fromkeys(range(1, 7), 0.0), "lowest": -0.5, "negative": 0.3, "turning": 0.0}
-    assert verdict(head) == "negative, but what is flipped fades: at most 0.50 of it is left after one flip"
+    assert verdict(head) == "fades: negative, but at most 0.50 of what is flipped is left after one flip"
 
 
 def test_layers_without_a_linear_transition_are_left_out():

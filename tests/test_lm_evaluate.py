@@ -57,6 +57,8 @@ def test_loss_by_position_is_that_of_one_pass(loaded, data: Path, monkeypatch):
     rows = evaluate.bucketed(got)
     assert [r["from"] for r in rows[1:]] == [r["to"] + 1 for r in rows[:-1]]
     assert (rows[0]["from"], rows[-1]["to"]) == (1, 149)
+    wide = evaluate.bucketed(got, 40)
+    assert [(r["from"], r["to"]) for r in wide] == [(1, 45), (46, 91), (92, 149)]
     total = sum(r["loss"] * (r["to"] - r["from"] + 1) for r in rows)
     assert total == pytest.approx(sum(got))
     assert evaluate.perplexity_within(got, 150) == pytest.approx(math.exp(sum(got) / 149))

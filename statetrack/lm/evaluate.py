@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 AT_ONCE = 2048  # tokens of a window per call: memory does not grow with the window
 BUCKETS_PER_DOUBLING = 4
+PER_BUCKET = 512  # tokens of all windows: the perplexity of fewer is noise
 
 
 def load_model(path: Path, device: str = "auto", precision: str = "auto") -> tuple[StateTrackForCausalLM, Any]:
@@ -142,9 +143,15 @@ def loss_by_position(
     return (total / len(tokens)).tolist()
 
 
-def bucketed(losses: Sequence[float]) -> list[dict[str, float]]:
-    """Return mean loss and perplexity over ranges of positions, four per doubling; the last ends with the text."""
-    edges = sorted({round(2 ** (i / BUCKETS_PER_DOUBLING)) for i in range(16, 400) if 2 ** (i / 4) < len(losses)})
+def bucketed(losses: Sequence[float], least: int = 1) -> list[dict[str, float]]:
+    """Return mean loss and perplexity over ranges of positions, four per doubling but of at least `least` positions.
+
+    The last one ends with the text.
+    """
+    edges: list[int] = []
+    for edge in (round(2 ** (i / BUCKETS_PER_DOUBLING)) for i in range(16, 400)):
+        if edge - (edges[-1] if edges else 0) >= least and edge + least <= len(losses):
+            edges.append(edge)
     found = []
     for first, end in zip([0, *edges], [*edges, len(losses)], strict=True):
         mean = sum(losses[first:end]) / (end - first)

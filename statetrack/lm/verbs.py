@@ -118,6 +118,7 @@ def evaluate(a: EvaluateArguments) -> None:
 def _evaluations(path: Path, a: EvaluateArguments, bars: Bars) -> Iterator[dict[str, Any]]:
     """Yield what is asked of one model, part by part."""
     from statetrack.lm.evaluate import (
+        PER_BUCKET,
         bucketed,
         corpus_tokens,
         load_model,
@@ -145,7 +146,8 @@ def _evaluations(path: Path, a: EvaluateArguments, bars: Bars) -> Iterator[dict[
 
         losses = loss_by_position(model, tokens, batch_size=a.batch_size, report=report)
         within = {str(n): perplexity_within(losses, n) for n in _lengths(a.length)}
-        yield {"windows": len(tokens), "perplexity": within, "positions": bucketed(losses), "trained": _trained(path)}
+        positions = bucketed(losses, -(-PER_BUCKET // len(tokens)))
+        yield {"windows": len(tokens), "perplexity": within, "positions": positions, "trained": _trained(path)}
     if a.tasks:
         options = {"include": a.include, "limit": a.limit, "batch_size": a.batch_size}
         yield {"tasks": run_tasks(model, tokenizer, a.tasks, **options)}
