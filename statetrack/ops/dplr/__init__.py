@@ -80,9 +80,6 @@ def dplr(
     lengths = _check_shapes(q, k, v, a, b, log_decay, initial_state, cu_seqlens)
     check_same_dtype(q=q, k=k, v=v)
     compute = torch.float64 if torch.float64 in (q.dtype, a.dtype, b.dtype) else torch.float32
-    if initial_state is None:
-        initial_state = q.new_zeros(len(lengths), v.shape[2], q.shape[-1], v.shape[-1], dtype=compute)
-    initial_state = initial_state.to(compute)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if log_decay is None:
         log_decay = torch.zeros_like(a)
@@ -94,6 +91,9 @@ def dplr(
             return dplr_triton(q, k, v, a, b, log_decay, scale, initial_state, lengths)
         if backend == "triton":
             raise UsageError(f'backend="triton" {reason}; use backend="chunk"')
+    if initial_state is None:
+        initial_state = q.new_zeros(len(lengths), v.shape[2], q.shape[-1], v.shape[-1], dtype=compute)
+    initial_state = initial_state.to(compute)
     one_token = cu_seqlens is None and q.shape[1] == 1  # decoding: nothing to put into chunks
     if backend == "reference" or (backend == "auto" and one_token):
         q, k, a, b, log_decay = (x.to(compute) for x in (q, k, a, b, log_decay))

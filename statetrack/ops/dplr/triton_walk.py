@@ -73,7 +73,10 @@ def walk(
     token, _ = span(s, 0, starts, T, C, VARLEN)
     length, base, stop = stretch(s, starts, bases, T, c_lo, c_hi, C, VARLEN)
     low: tl.constexpr = Rows.dtype.element_ty
-    S = tl.load(initial + sh.to(tl.int64) * K * V + turned, mask=inside, other=0.0)
+    if initial is None:
+        S = tl.zeros((BV, BK), tl.float32)
+    else:
+        S = tl.load(initial + sh.to(tl.int64) * K * V + turned, mask=inside, other=0.0)
     for c in range(c_lo, stop):
         slot = (base + c) * HV + h
         alive = (i < length - c * C)[None, :] & in_v
@@ -103,7 +106,8 @@ def walk(
         S = add_second(vt, hi, lo, S, EXACT)
         hi, lo = terms(rows + 3 * C * K, 3 * C * K, in_k, EXACT)
         S = add_both(u_hi, u_lo, hi, lo, S, EXACT)
-    tl.store(final + sh.to(tl.int64) * K * V + turned, S, mask=inside)
+    if final is not None:
+        tl.store(final + sh.to(tl.int64) * K * V + turned, S, mask=inside)
 
 
 @triton.jit
@@ -129,7 +133,10 @@ def walk_back(
     token, _ = span(s, 0, starts, T, C, VARLEN)
     length, base, stop = stretch(s, starts, bases, T, c_lo, c_hi, C, VARLEN)
     low: tl.constexpr = Rows.dtype.element_ty
-    D = tl.load(d_final + sh.to(tl.int64) * K * V + turned, mask=inside, other=0.0)
+    if d_final is None:
+        D = tl.zeros((BV, BK), tl.float32)
+    else:
+        D = tl.load(d_final + sh.to(tl.int64) * K * V + turned, mask=inside, other=0.0)
     for back in range(0, stop - c_lo):
         c = stop - 1 - back
         slot = (base + c) * HV + h
