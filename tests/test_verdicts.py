@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from typing import get_args
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,8 @@ LAST_A = accepting([[1, 0], [1, 0]], 1, letters="ab")
 FIRST_A = accepting([[1, 2], [1, 1], [2, 2]], 1, letters="ab")
 PARITY = accepting([[0, 1], [1, 0]], 0)
 FLIP_FLOP = accepting([[0, 1, 0], [0, 1, 1]], 1)
+PARITY_SINCE = accepting([[1, 0, 0], [0, 1, 0]], 0)  # flip, wait, reset
+TWO_FLIP_FLOPS = Automaton(np.array([[q & 2, q | 1, q & 1, q | 2] for q in range(4)]), output=np.arange(4))
 A_THEN_B = accepting([[1, 0], [1, 2], [2, 2]], 2, letters="ab")
 MOD_3 = accepting([[0, 1], [2, 0], [1, 2]], 0)
 GROUPS = {name: Automaton.from_group(name) for name in ("Z2 x Z2", "Z3", "Z4", "Z8", "S3", "D4", "S4", "A5", "S5")}
@@ -60,6 +63,11 @@ KNOWN: list[tuple[Structure, Automaton, str, int | None, int]] = [
     (replace(DELTANET, eigenvalues=(-0.5, 0.9)), FLIP_FLOP, "yes", 1, 1),
     (replace(REAL, eigenvalues=(0.5, 1.0)), FLIP_FLOP, "unknown", 1, 1),
     (replace(REAL, selective=False), FLIP_FLOP, "unknown", 1, 1),
+    (one(REAL), PARITY_SINCE, "yes", 1, 1),
+    (one(DELTANET), PARITY_SINCE, "yes", 1, 1),
+    (one(COMPLEX, eigenvalues=(0.0, 1.0)), PARITY_SINCE, "yes", 1, 1),
+    (one(UP_TO_1), PARITY_SINCE, "no", None, 1),
+    (one(UP_TO_1), TWO_FLIP_FLOPS, "yes", 1, 1),
     (one(REAL), A_THEN_B, "no", 2, 1),
     (one(DELTANET), A_THEN_B, "unknown", 1, 1),
     (REAL, MOD_3, "no", None, 1),

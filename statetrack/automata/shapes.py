@@ -1,6 +1,6 @@
 """Shapes of automata that small constructions follow, and what each costs in factors per token.
 
-Legend: n states. Costs: docs/theory.md, Constructions 1, 5 and 6.
+Legend: n states. Costs: docs/theory.md, Constructions 1, 5, 6 and 7.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 import numpy as np
 
@@ -28,6 +29,42 @@ def definite_order(automaton: Automaton) -> int | None:
         classes, order = len(rows), order + 1
         label = label.ravel()
     return order
+
+
+MOST_WORK = 500_000  # steps of an elimination in all, a fraction of a second
+
+
+def told_by_signs(automaton: Automaton, signed: bool) -> bool:
+    """Return whether coordinates of two values tell the state, with the last letter; False too if that is long to find.
+
+    Every letter keeps such a coordinate, sets it or (signed) negates it. As a function c of states, over the field of
+    two elements, c(q x) = a_x c(q) + b_x: for given a a linear system for c and b. Two states have the same c in all
+    its solutions if their difference is a combination of the equations.
+    """
+    n, columns = automaton.states, np.unique(automaton.table.T, axis=0).tolist()
+    images = [sorted(set(column)) for column in columns]
+    # To keep is no use to a letter that resets everything, and to set none to one that permutes.
+    choices = [(0,) if len(image) == 1 else (1,) if len(image) == n else (0, 1) for image in images]
+    if n * n * len(columns) * math.prod(map(len, choices)) > MOST_WORK:
+        return False
+    told: list[tuple[int, ...]] = [()] * n
+    for keeps in product(*choices):
+        rows: dict[int, int] = {}  # bit q: c(q); bit n + x: b_x
+        for x, (keep, column) in enumerate(zip(keeps, columns, strict=True)):
+            for q, r in enumerate(column):
+                equation = 1 << r ^ keep << q ^ (0 if keep and not signed else 1 << n + x)
+                if left := _reduced(equation, rows):
+                    rows[left.bit_length()] = left
+        told = [(*before, _reduced(1 << q, rows)) for q, before in enumerate(told)]
+    return all(len({told[q] for q in image}) == len(image) for image in images)
+
+
+def _reduced(vector: int, rows: dict[int, int]) -> int:
+    """Return what is left of a vector of bits when rows, by their highest bits, are taken out of it."""
+    for highest in range(vector.bit_length(), 0, -1):
+        if vector >> highest - 1 & 1 and highest in rows:
+            vector ^= rows[highest]
+    return vector
 
 
 def is_full_transformation_monoid(monoid: Monoid) -> bool:

@@ -24,6 +24,7 @@ from statetrack.automata.shapes import (
     is_full_transformation_monoid,
     merge_cost,
     symmetric_cost,
+    told_by_signs,
 )
 from statetrack.automata.witness import Witness, cycle_witness, local_witness, pair_witness
 from statetrack.errors import UsageError
@@ -300,6 +301,10 @@ def _diagonal_stack(m: Monoid, s: Structure) -> Found:
             yield "docs/theory.md, Construction 3", "a commutative group: one sign or one rotation for each generator"
     if m.complete and len(m.idempotents) == m.size and m.last_wins.holds:
         yield "docs/theory.md, Construction 2", "the order of the letters' last occurrences decides; one layer holds it"
+    signed = lo == -1 or not real
+    if told_by_signs(m.automaton, signed):
+        acts = "keeps, sets or negates" if signed else "keeps or sets"
+        yield "docs/theory.md, Construction 7", f"coordinates of two values tell the state; every letter {acts} them"
 
 
 def _householder_stack(m: Monoid, s: Structure) -> Found:
