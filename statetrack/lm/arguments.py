@@ -48,10 +48,12 @@ class TrainArguments:
     """tiny, code-100m, p1-340m, ... (statetrack lm recipes lists them)"""
     eigenvalues: Annotated[tuple[float, float], tyro.conf.arg(metavar="LO HI")] = (-1.0, 1.0)
     """range of the transitions' data-dependent eigenvalues"""
+    init: Annotated[str | None, tyro.conf.arg(metavar="CKPT|RUN", help_behavior_hint="")] = None
+    """begin with this model and its weights (all that statetrack convert reads), not with the recipe's model"""
     data: Unset[Path | None] = None
     """prepared data; default runs/data/SOURCE_TOKENIZER of the recipe, prepared if absent"""
     out: Unset[Path | None] = None
-    """run directory; default runs/lm_RECIPE_LOtoHI_sSEED"""
+    """run directory; default runs/lm_RECIPE_LOtoHI_sSEED, with --init runs/lm_RECIPE_from_NAME_sSEED"""
     steps: Unset[int | None] = None
     """optimiser steps; default the recipe's, as for the rest"""
     rows: Unset[int | None] = None

@@ -31,6 +31,8 @@ class Recipe:
     """hidden width of the SwiGLU; default 8/3 of the width rounded up to 256; 0 for none"""
     tied: bool = False
     """one matrix for embeddings and head"""
+    init: str | None = None
+    """checkpoint whose weights the run begins with; default those that the seed gives"""
     initializer_range: float = 0.02
     """standard deviation of embeddings, head and SwiGLU at the start"""
     length: int = 2048

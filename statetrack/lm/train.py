@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,8 +196,40 @@ def _check_same(stored: Any, config: dict[str, Any], path: Path) -> None:
         raise UsageError(f"{path} was started with other settings ({listed}); choose another --out or --force")
 
 
+def with_model_of(recipe: Recipe, source: str) -> Recipe:
+    """Return the recipe for the model of a checkpoint, to begin with its weights.
+
+    Raises UsageError for what `statetrack.convert` cannot read, and for settings that recipes do not have.
+    """
+    from statetrack.convert import read
+
+    found = read(source).config
+    wanted = found.model_config()
+    tied = bool(found.tie_word_embeddings)
+    recipe = replace(recipe, init=source, mixers=wanted.mixers, mlp_dim=wanted.mlp_dim, tied=tied)
+    if recipe.model(wanted.vocab_size) != wanted:
+        raise UsageError(f"{source} has num_outputs, norm_eps or post_norm of its own, which recipes do not")
+    return recipe
+
+
+def _started(model: StateTrackForCausalLM, source: str, corpus: Corpus) -> None:
+    """Give a model the weights of a checkpoint; raise UsageError if that has another model or another tokenizer."""
+    from statetrack.convert import directory, load
+
+    found = load(source)
+    digest = getattr(found.config, "tokenizer_digest", None)
+    if digest not in (None, corpus.digest) or found.config.vocab_size != corpus.vocab_size:
+        first = f"statetrack lm prepare SOURCE --tokenizer {directory(source)} --out DIR"
+        raise UsageError(f"{corpus.path} was made with another tokenizer than that of {source}; first: {first}")
+    if found.config.model_config() != model.config.model_config():
+        raise UsageError(f"{source} is another model than that of the recipe")
+    model.load_state_dict(found.state_dict())
+
+
 def build(recipe: Recipe, corpus: Corpus, *, empty: bool = False) -> StateTrackForCausalLM:
-    """Return the recipe's model with the weights that its seed gives; empty, for a process that gets them sent."""
+    """Return the recipe's model with the weights that its seed or its checkpoint gives; empty, for a process that gets
+    them sent.
+    """
     from statetrack.hf import StateTrackConfig, StateTrackForCausalLM
 
     tokenizer = corpus.tokenizer()
@@ -216,6 +248,8 @@ def build(recipe: Recipe, corpus: Corpus, *, empty: bool = False) -> StateTrackF
     if empty:  # accelerate tells weights apart by their addresses, which "meta" does not have
         model.to_empty(device="cpu")
         model.tie_weights()
+    elif recipe.init is not None:
+        _started(model, recipe.init, corpus)
     model.model.gradient_checkpointing = recipe.gradient_checkpointing
     return model
 

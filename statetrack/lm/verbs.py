@@ -57,7 +57,8 @@ def train(a: TrainArguments) -> None:
 
     recipe = recipe_of(a)
     lo, hi = a.eigenvalues
-    path = a.out or Path("runs") / f"lm_{a.recipe}_{lo:g}to{hi:g}_s{recipe.seed}"
+    kind = f"from_{Path(a.init).name}" if a.init else f"{lo:g}to{hi:g}"
+    path = a.out or Path("runs") / f"lm_{a.recipe}_{kind}_s{recipe.seed}"
     installed = ("tensorboard",) if find_spec("tensorboard") else ()
     trackers = {"auto": installed, "both": ("tensorboard", "wandb"), "none": ()}.get(a.tracker, (a.tracker,))
     options = Options(device=a.device, parallel=a.parallel, minutes=a.minutes, trackers=trackers)
@@ -83,6 +84,12 @@ def recipe_of(a: TrainArguments) -> Recipe:
     recipe = RECIPES[a.recipe](eigenvalues=a.eigenvalues)
     if "lr" in given:
         given["min_lr"] = recipe.min_lr * given["lr"] / recipe.lr
+    if a.init is not None:
+        from statetrack.lm.train import with_model_of
+
+        if a.eigenvalues != (-1.0, 1.0):
+            raise UsageError("--eigenvalues and --init exclude each other: the range is the checkpoint's")
+        recipe = with_model_of(recipe, a.init)
     return replace(recipe, **given)
 
 
