@@ -53,7 +53,7 @@ def test_it_begins_as_the_checkpoint_and_every_weight_learns(run: Path, data: Pa
     else:
         convert(run, through, tmp_path / "begun")
     recipe = with_model_of(small(steps=3, warmup=0, seed=5), str(tmp_path / "begun"))
-    assert recipe.tied and recipe.mixers[0].eigenvalues == ((-1.0, 1.0) if through == "unlock" else (0.0, 1.0))
+    assert recipe.tied and recipe.mixers[0].eigenvalues == ((-1.0, 1.0) if through == "unlock" else (0.0, 1.0))  # pyright: ignore
     train(recipe, tmp_path / "out", data, options=OPTIONS)
     assert losses(tmp_path / "out")[0] == pytest.approx(loss_of(run, recipe, data), rel=1e-5)
     before, after = load(tmp_path / "begun").state_dict(), weights(tmp_path / "out" / "model")
