@@ -303,6 +303,25 @@ def test_tokens_that_are_no_letters_are_refused():
             network(torch.tensor([[0, token]]))
 
 
+@pytest.mark.wrong_types
+def test_tokens_of_other_kinds_are_refused_and_small_integers_taken():
+    network = compile("(ab)*", alphabet="ab", timeout=0)
+    tokens = torch.tensor([[0, 1, 0]])
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        assert torch.equal(network(tokens.to(dtype))[0], network(tokens)[0])
+    for wrong in (tokens.float(), tokens.bool(), tokens[0]):
+        with pytest.raises(UsageError, match=r"tokens must be integers \[batch, length\], got torch"):
+            network(wrong)
+    for options in ({"window": 1.5}, {"timeout": "long"}):
+        with pytest.raises(UsageError, match=f"{next(iter(options))} must be"):
+            compile("a", **options)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_file_in_no_directory(tmp_path: Path):
+    with pytest.raises(UsageError, match="none is no directory"):
+        compile("a", timeout=0).save(tmp_path / "none" / "made")
+
+
 def test_what_needs_no_memory_takes_no_layer():
     network = compile(".*a", alphabet="ab", timeout=0)
     nothing = compile("[ab]*", alphabet="ab", timeout=0)

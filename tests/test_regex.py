@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import re
 import time
-import warnings
 from typing import Any
 
 import numpy as np
@@ -318,36 +317,6 @@ def test_syntax_errors_point_at_the_place(pattern: str, place: int, message: str
         assert python.value.pos == place and python.value.msg == message
 
 
-@pytest.mark.parametrize(
-    ("pattern", "place", "name"),
-    [
-        ("[[:alpha:]]", 1, "alpha"),
-        (r"\[a[^_x\][:digit:]]+", 9, "digit"),
-        ("a[:space:]", 1, "space"),
-        ("[]b[:upper:]]", 3, "upper"),
-    ],
-)
-def test_posix_classes_are_refused(pattern: str, place: int, name: str):
-    """To Python they are sets of these characters, which nobody means."""
-    with pytest.raises(UsageError) as caught:
-        regex(pattern)
-    message, shown, caret = str(caught.value).split("\n")
-    assert message == (
-        f"regex: [:{name}:] is no class in Python's syntax; write its letters, as in [a-z] at position {place}"
-    )
-    assert shown[caret.index("^") :].startswith(f"[:{name}:]")
-
-
-@pytest.mark.filterwarnings("error")
-def test_sets_that_python_warns_of_are_read_as_python_reads_them():
-    for pattern in ("[[]", "[[a]", "[a[:b]+", "[a||b]", "[a&&b]", "[a~~b]", r"\[:a:]", r"[\[:a:]", "[[:]:]", "[^[]"):
-        found = regex(pattern).accepts([bytes([byte]) for byte in range(256)])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            oracle = re.compile(pattern.encode())
-        assert found.tolist() == [oracle.fullmatch(bytes([byte])) is not None for byte in range(256)]
-
-
 def test_the_caret_counts_names_as_they_are_written():
     with pytest.raises(UsageError, match="at position 4") as caught:
         regex("<up>(<down>", alphabet=["up", "down"])
@@ -381,6 +350,14 @@ def test_alphabets_that_do_not_fit(pattern: str, alphabet: Any, message: str):
 def test_a_negated_class_may_name_what_is_no_letter():
     assert regex(r"[^c]*[^d-z][^e]\w\D", alphabet="ab") == regex(".*.{4}", alphabet="ab")
     assert regex("(?i:[A-B])*", alphabet="ab") == regex("[ab]*", alphabet="ab")
+
+
+@pytest.mark.wrong_types
+def test_what_is_no_string_is_refused():
+    with pytest.raises(UsageError, match="the regex must be a string, got bytes"):
+        regex(b"a")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UsageError, match="alphabet must be 'bytes' or different, non-empty letters, got 3"):
+        regex("a", alphabet=3)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("flags", ["m", "L", "u", "g"])

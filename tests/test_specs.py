@@ -133,6 +133,13 @@ def test_specs_that_are_refused(spec: Any, options: dict[str, str], message: str
         automaton_of(spec, **options)
 
 
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("spec", [3, None, ["ab"], {"table": []}])
+def test_what_is_no_spec_is_refused_with_what_is_one(spec: Any):
+    with pytest.raises(UsageError, match="a string such as .* or a DFA or NFA of automata-lib; got"):
+        automaton_of(spec)
+
+
 # --- letters of a text -----------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import warnings
 from collections import deque
 from typing import Any
 
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from statetrack import compile
-from statetrack.automata import Automaton
+from statetrack.automata import Automaton, regex
+from statetrack.errors import UsageError
 from tests.test_regex import compiled as oracle
 
 VOWELS = "αεηιουωβγδ"
@@ -128,3 +130,33 @@ def test_the_report_says_that_nothing_or_everything_is_accepted():
     assert "; it says 0 of every text" in compile("a^b", timeout=0).report()
     assert "; it says 1 of every text" in compile(".*", flags="s", timeout=0).report()
     assert "every text" not in compile(".*", timeout=0).report()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "place", "name"),
+    [
+        ("[[:alpha:]]", 1, "alpha"),
+        (r"\[a[^_x\][:digit:]]+", 9, "digit"),
+        ("a[:space:]", 1, "space"),
+        ("[]b[:upper:]]", 3, "upper"),
+    ],
+)
+def test_posix_classes_are_refused(pattern: str, place: int, name: str):
+    """To Python they are sets of these characters, which nobody means."""
+    with pytest.raises(UsageError) as caught:
+        regex(pattern)
+    message, shown, caret = str(caught.value).split("\n")
+    assert message == (
+        f"regex: [:{name}:] is no class in Python's syntax; write its letters, as in [a-z] at position {place}"
+    )
+    assert shown[caret.index("^") :].startswith(f"[:{name}:]")
+
+
+@pytest.mark.filterwarnings("error")
+def test_sets_that_python_warns_of_are_read_as_python_reads_them():
+    for pattern in ("[[]", "[[a]", "[a[:b]+", "[a||b]", "[a&&b]", "[a~~b]", r"\[:a:]", r"[\[:a:]", "[[:]:]", "[^[]"):
+        found = regex(pattern).accepts([bytes([byte]) for byte in range(256)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            oracle = re.compile(pattern.encode())
+        assert found.tolist() == [oracle.fullmatch(bytes([byte])) is not None for byte in range(256)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -53,7 +53,7 @@ class Spelling:
         """Read the argument `alphabet` of `regex`."""
         if isinstance(alphabet, str) and alphabet == "bytes":
             return cls(None, np.arange(256))
-        names = tuple(alphabet)
+        names = tuple(alphabet) if isinstance(alphabet, Iterable) else ()
         if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
             raise UsageError(f"alphabet must be 'bytes' or different, non-empty letters, got {alphabet!r:.80}")
         codes = [ord(name) if len(name) == 1 else PRIVATE + i for i, name in enumerate(names)]

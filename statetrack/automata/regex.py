@@ -56,6 +56,8 @@ def regex(pattern: str, *, alphabet: str | Sequence[str] = "bytes", flags: str =
     for a character that is no letter, also in a range, for what is not regular or not supported, and for patterns that
     grow too large.
     """
+    if not isinstance(pattern, str):
+        raise UsageError(f"the regex must be a string, got {type(pattern).__name__}; a byte is written as \\xff")
     spelling = Spelling.of(alphabet)
     text = spelling.read(pattern)
     tree, flag_bits = parse(text, flags, spelling)

@@ -68,7 +68,14 @@ def _of_object(spec: Any) -> Automaton:
         return spec
     if isinstance(spec, Path):
         return Automaton.from_json(spec)
-    return from_automata_lib(spec) if automata_lib_kind(spec) else _word_problem(as_group(spec))
+    if automata_lib_kind(spec):
+        return from_automata_lib(spec)
+    if isinstance(spec, Group) or type(spec).__module__.startswith("sympy."):
+        return _word_problem(as_group(spec))
+    raise UsageError(
+        "an automaton is given as a string such as 'a*b' or 'group:S5', a Path, an Automaton, a Group, a sympy "
+        f"PermutationGroup, or a DFA or NFA of automata-lib; got {type(spec).__name__}"
+    )
 
 
 def _of_file(path: str) -> Automaton:

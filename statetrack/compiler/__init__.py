@@ -73,9 +73,9 @@ def compile(
         UsageError: a spec or option that does not fit.
     """
     _check(structure=(structure, STRUCTURES), keys=(keys, tuple(UNITS)), objective=(objective, OBJECTIVES))
-    if not 0 <= window <= MOST_WINDOW:
+    if not (isinstance(window, int) and 0 <= window <= MOST_WINDOW):
         raise UsageError(f"window must be 0 (none) to {MOST_WINDOW} tokens, got {window}")
-    if not 0 <= timeout < float("inf"):
+    if not (isinstance(timeout, int | float) and 0 <= timeout < float("inf")):
         raise UsageError(f"timeout must be a number of seconds, at least 0, got {timeout}")
     began = time.monotonic()
     automaton = automaton_of(spec, alphabet=alphabet, flags=flags)

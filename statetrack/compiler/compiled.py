@@ -217,6 +217,8 @@ class CompiledAutomaton(Network):
         """Write one safetensors file: the weights, and in its metadata all that the report and certificate need."""
         from statetrack.runs import write_atomically
 
+        if not Path(path).absolute().parent.is_dir():
+            raise UsageError(f"{path} cannot be written: {Path(path).parent} is no directory")
         metadata = {"format": FORMAT, "blueprint": json.dumps(_to_json(self.blueprint))}
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
         write_atomically(Path(path), lambda p: save_file(tensors, p, metadata))

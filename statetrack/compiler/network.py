@@ -25,6 +25,7 @@ from statetrack.compiler.segments import Units
 from statetrack.errors import UsageError
 from statetrack.ops import delta_rule, dplr
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 PIECE = 1 << 24  # numbers in the keys of one call of an op
 LOOP, SMALL = 128, 100
 """On a CPU a loop over tokens is faster than chunks for so many sequences side by side and so small a memory of each"""
@@ -251,6 +252,9 @@ class Network(nn.Module):
 
     def follow(self, tokens: Int[Tensor, "B T"], state: State | None, backend: str) -> tuple[Int[Tensor, "B T"], State]:
         """Return the automaton's state after every token, and the state to go on from."""
+        if tokens.ndim != 2 or tokens.dtype not in INTEGERS:
+            raise UsageError(f"tokens must be integers [batch, length], got {tokens.dtype} {list(tokens.shape)}")
+        tokens = tokens.long()
         state = self.init_state(tokens.shape[0]) if state is None else state
         if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < len(self.classes)):
             raise UsageError(
