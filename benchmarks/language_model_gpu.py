@@ -1,6 +1,6 @@
 """Language models on one GPU: training speed, memory and generation beside fla's DeltaNet; 1.3 billion parameters.
 
-    python benchmarks/language_model_gpu.py speed --out DIR [--seconds 420] [--no-peer] [--no-generation]
+    python benchmarks/language_model_gpu.py speed --out DIR [--seconds 420] [--no-peer] [--no-generation] [--profile]
     python benchmarks/language_model_gpu.py large --out DIR [--steps 200] [--minutes 3.5] [--rows 16] [--data DIR]
 
 speed: 24 layers, width 1024, 8 heads, vocabulary 32,000, 16 rows of 2048 random tokens, bfloat16 autocast, AdamW, all
@@ -162,6 +162,8 @@ def speed(args: argparse.Namespace) -> None:
             gc.collect()
             torch.cuda.empty_cache()
         write(args.out, "speed", result)
+    for name, c in running.items() if args.profile else ():
+        print(profile(name, partial(step, c.model, c.optimizer, tokens)), flush=True)
     flops = cost(p1("340m").model(VOCABULARY), False).flops
     peak = peak_flops(torch.cuda.get_device_name())
     for _ in range(ROUNDS):
@@ -188,6 +190,17 @@ def speed(args: argparse.Namespace) -> None:
     if not args.no_generation:
         generation(args, result, end)
     write(args.out, "speed", result)
+
+
+def profile(name: str, run: Callable[[], Any]) -> str:
+    """Return where the device's time goes in one call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        run()
+        torch.cuda.synchronize()
+    events = sorted(recorded.key_averages(), key=lambda e: -e.self_device_time_total)
+    rows = [{"kernel": e.key[:80], "calls": e.count, "ms": e.self_device_time_total / 1e3} for e in events[:40]]
+    total = sum(e.self_device_time_total for e in events) / 1e3
+    return table(f"{name}: {total:.0f} ms on the device in a step", rows)
 
 
 def generation(args: argparse.Namespace, result: dict[str, Any], end: float) -> None:
@@ -298,6 +311,7 @@ def main() -> None:
     parser.add_argument("--compile", nargs="+", default=["blocks"], choices=("blocks", "model", "off"))
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--no-generation", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="speed: device time per kernel of a step")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--micro-rows", type=int, default=8)

@@ -28,6 +28,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from statetrack.decoding import SingleTokens, generation
 from statetrack.errors import UsageError
 from statetrack.layers import MIXERS, MixerConfig
 from statetrack.loss import IGNORED, linear_cross_entropy
@@ -171,6 +172,7 @@ class StateTrackCache(Cache):
         super().__init__(layers=[])
         self.state: State | None = None
         self.seen = 0
+        self.single_tokens = SingleTokens()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of tokens seen, padding included."""
@@ -280,6 +282,11 @@ class StateTrackForCausalLM(StateTrackPreTrainedModel, GenerationMixin):
         """Replace the head."""
         self.model.head = new_embeddings  # pyright: ignore[reportAttributeAccessIssue]
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as transformers does; on a GPU the single tokens are one CUDA graph each (decoding.py)."""
+        with generation():
+            return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # forward makes a StateTrackCache
@@ -334,11 +341,13 @@ class StateTrackForCausalLM(StateTrackPreTrainedModel, GenerationMixin):
     ) -> tuple[Float[Tensor, "B T D"], State]:
         """Run the model over the tokens that are no padding; padding gets zeros."""
         state = None if cache is None else cache.state
+        if cache is not None and state is not None and tokens.shape[1] == 1 and cu_seqlens is None:
+            return cache.single_tokens(self.model.hidden, tokens, state)
         if cu_seqlens is not None:
             if mask is not None or cache is not None:
                 raise UsageError("cu_seqlens does not go with attention_mask or a cache: packed documents are whole")
             return self.model.hidden(tokens, None, cu_seqlens)
-        if mask is None or (tokens.shape[1] == 1 and state is not None):
+        if mask is None:
             return self.model.hidden(tokens, state)
         real = mask[:, mask.shape[1] - tokens.shape[1] :].bool()
         if real.shape != tokens.shape:

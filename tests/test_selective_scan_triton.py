@@ -145,20 +145,21 @@ def test_real_shapes(shape, eigenvalues):
 def test_segments_equal_one_walk(eigenvalues, monkeypatch):
     monkeypatch.setattr(plans, "MIN_SEGMENT", 128)
     x = draw(B=2, T=512, D=16, M=2)
-    assert plans.plan_of(x["u"], x["A"], [], True, 1.0).segments == 4
+    assert [plans.plan_of(x["u"], x["A"], [], 1.0, back).segments for back in (False, True)] == [4, 4]
     check(x, eigenvalues=eigenvalues)
 
 
 def test_what_the_rule_chooses():
     def chosen(B, T, D):
-        plan = plans.Plan((B, T, D), 16, (), True, True, torch.device("meta"))
-        return plan.size, plan.segments
+        one, back = (plans.Plan((B, T, D), 16, (), True, torch.device("meta"), back=b) for b in (False, True))
+        assert one.size == back.size
+        return one.size, one.segments, back.segments
 
-    assert chosen(8, 4096, 4096) == (0, 1)
-    assert chosen(2, 4096, 4096) == (0, 4)
-    assert chosen(1, 32768, 4096) == (0, 8)
-    assert chosen(1, 32768, 512) == (1, 16)
-    assert chosen(1, 32769, 512) == (1, 1)
+    assert chosen(8, 4096, 4096) == (0, 1, 1)
+    assert chosen(2, 4096, 4096) == (0, 4, 2)
+    assert chosen(1, 32768, 4096) == (0, 8, 4)
+    assert chosen(1, 32768, 512) == (1, 16, 16)
+    assert chosen(1, 32769, 512) == (1, 1, 1)
 
 
 def test_every_backward_tile_is_a_multiple_of_the_forward_that_keeps_states():

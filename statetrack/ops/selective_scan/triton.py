@@ -72,7 +72,7 @@ def _forward(
     u, dt, A, B, C, skip = (t.contiguous() for t in (u, dt, A.float(), B, C, D.float()))
     z = None if z is None else z.contiguous()
     state = None if initial_state is None else initial_state.float().contiguous()
-    plan = plan_of(u, A, packed, keep, hi)
+    plan = plan_of(u, A, packed, hi)
     y, final = torch.empty_like(u), u.new_empty(plan.state, dtype=torch.float32)
     saved = final.new_empty(_saved_shape(plan) if keep else (0,))
     if u.numel() == 0:
@@ -102,7 +102,7 @@ def _new_state(u: Tensor, A: Tensor, packed: list[int]) -> Tensor:
 @_forward.register_fake
 def _(*args):
     u, A, hi, packed, keep = args[0], args[2], args[9], args[10], args[11]
-    state, plan = _new_state(u, A, packed), Plan(u.shape, A.shape[1], tuple(packed), keep, hi == 1, u.device)
+    state, plan = _new_state(u, A, packed), Plan(u.shape, A.shape[1], tuple(packed), hi == 1, u.device)
     saved = state.new_empty(_saved_shape(plan) if keep else (0,))
     return torch.empty_like(u, memory_format=torch.contiguous_format), state, saved
 
@@ -128,7 +128,7 @@ def _backward(
     ends = None if d_final is None else d_final.float().contiguous()
     du, d_dt, dB, dC = (torch.empty_like(t) for t in (u, dt, B, C))
     dz = u.new_empty(0) if z is None else torch.empty_like(z)
-    plan = plan_of(u, A, packed, True, hi)
+    plan = plan_of(u, A, packed, hi, back=True)
     d_state = u.new_empty(plan.state, dtype=torch.float32)
     if u.numel() == 0:
         d_state = d_state.zero_() if ends is None else d_state.copy_(ends)

@@ -62,28 +62,37 @@ class Schedule:
 
 
 FORWARD = [Schedule(8, 2, 4, 4), Schedule(8, 1, 2, 4)]  # many channels, few
-BACKWARD = [Schedule(4, 2, 4, 4, 168, 8), Schedule(8, 1, 2, 4, 168, 4)]  # a tile is a multiple of the forward's TOK
+BACKWARD = [Schedule(4, 1, 4, 8, 128, 8), Schedule(8, 1, 2, 4, 168, 4)]  # a tile is a multiple of the forward's TOK
 FULL_GPU = 2000  # warps that keep a GPU busy
 MIN_SEGMENT = 1024  # tokens
 PACKED = 4096  # values that one program of `pack` or `unpack` takes
 
 
 class Plan:
-    """The sizes and schedules that all launches of one call share; `whole`: the largest eigenvalue is 1."""
+    """The sizes and schedules that all launches of one call share; `whole`: the largest eigenvalue is 1.
+
+    back: the call is the backward, which cuts sequences into segments of its own.
+    """
 
     def __init__(
-        self, u: tuple[int, ...], M: int, packed: tuple[int, ...], keep: bool, whole: bool, device: torch.device
+        self,
+        u: tuple[int, ...],
+        M: int,
+        packed: tuple[int, ...],
+        whole: bool,
+        device: torch.device,
+        back: bool = False,
     ):
         (B, T, self.D), self.M = u, M
         self.varlen, self.packed, self.whole = len(packed) > 0, packed, whole
         self.S, self.T, self.device, self.rows = len(packed) if self.varlen else B, T, device, B * T
         for size in range(len(FORWARD)):
             self.size, self.forward, self.backward = size, FORWARD[size], BACKWARD[size]
-            warps = self._blocks(self.forward) * self.S * self.forward.WARPS
-            self.segments = 1 if self.varlen else segments(warps, T, self.backward.tile)
-            if warps * self.segments >= FULL_GPU:
+            count, cut = (self._segments(schedule, T) for schedule in (self.forward, self.backward))
+            if count * self._warps(self.forward) >= FULL_GPU:
                 break
-        self.every = self.backward.tile // self.forward.tile if keep else 1
+        self.segments = cut if back else count
+        self.every = self.backward.tile // self.forward.tile
         self.starts = self.bases = None  # packed sequences' offsets, and each one's first slot
         if self.varlen:
             self.starts, _, self.bases = chunk_tables(packed, self.backward.tile, device)
@@ -95,6 +104,12 @@ class Plan:
 
     def _blocks(self, schedule: Schedule) -> int:
         return schedule.blocks(self.D, self.M)
+
+    def _warps(self, schedule: Schedule) -> int:
+        return self._blocks(schedule) * self.S * schedule.WARPS
+
+    def _segments(self, schedule: Schedule, T: int) -> int:
+        return 1 if self.varlen else segments(self._warps(schedule), T, self.backward.tile)
 
     def grid(self, schedule: Schedule) -> tuple[int]:
         """Return the grid of a walk."""
@@ -146,9 +161,9 @@ class Plan:
 _plan = lru_cache(maxsize=64)(Plan)
 
 
-def plan_of(u: Tensor, A: Tensor, packed: list[int], keep: bool, hi: float) -> Plan:
+def plan_of(u: Tensor, A: Tensor, packed: list[int], hi: float, back: bool = False) -> Plan:
     """Return what all launches of one call share: the same plan for the same shapes."""
-    return _plan(u.shape, A.shape[1], tuple(packed), keep, hi == 1, u.device)
+    return _plan(u.shape, A.shape[1], tuple(packed), hi == 1, u.device, back)
 
 
 def segments(warps: int, T: int, tile: int) -> int:
