@@ -84,6 +84,16 @@ def test_a_checkpoint_of_another_shape_is_refused(copy: Path, data: Path):
         train(recipe(steps=5), copy, data, options=OPTIONS, resume=True)
 
 
+def test_every_process_refuses_a_run_that_is_there(run: Path, data: Path, monkeypatch):
+    """The second one would otherwise wait for the first, which is gone, until torchrun kills it."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="holds a run; --resume to go on"):
+        train(recipe(), run, data, options=OPTIONS)
+    with pytest.raises(UsageError, match=r"other settings \(lr: 0.01 there, 0.02 now\)"):
+        train(recipe(lr=2e-2), run, data, options=OPTIONS, resume=True)
+
+
 def test_a_recipe_of_other_sizes_is_refused_by_its_settings(run: Path, data: Path):
     other = recipe(mixers=(DeltaProductConfig(dim=32, heads=4),), mlp_dim=32)
     with pytest.raises(UsageError, match=r"\(mixers\[0\].heads: 2 there, 4 now; mlp_dim: 64 there, 32 now\)"):

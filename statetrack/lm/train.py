@@ -154,15 +154,14 @@ def _corpus(recipe: Recipe, data: Path, main: bool) -> Corpus:
 
 @contextlib.contextmanager
 def _opened(path: Path, config: dict[str, Any], resume: bool, force: bool, main: bool) -> Iterator[Path | None]:
-    """Hold the directory, ready for a run; yield the checkpoint to go on from, if any. Refuse what would mix runs."""
+    """Hold the directory, ready for a run; yield the checkpoint to go on from, if any. Refuse what would mix runs.
+
+    Every process looks by itself, before any waits for the others, so that all of them end where one does.
+    """
     from statetrack.lm.trainer import checkpoints
 
     if resume and force:
         raise UsageError("--resume and --force exclude each other: one goes on with a run, the other replaces it")
-    if not main:  # the first process sees to the directory
-        found = checkpoints(path) if resume else []
-        yield found[-1] if found else None
-        return
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; choose another directory")
     exists = (path / RECIPE).exists()
@@ -172,8 +171,11 @@ def _opened(path: Path, config: dict[str, Any], resume: bool, force: bool, main:
         raise UsageError(f"{path} holds a run; --resume to go on, --force to replace it")
     elif not exists and path.exists() and any(entry.name != LOCK for entry in path.iterdir()):
         raise UsageError(f"{path} is not empty and not a run; choose another directory")
-    with held(path):
+    with held(path) if main else contextlib.nullcontext():  # the first process sees to the directory
         found = checkpoints(path) if resume else []
+        if not main:
+            yield found[-1] if found else None
+            return
         for entry in [*path.glob("checkpoint-*"), path / MODEL]:
             if entry not in found:
                 shutil.rmtree(entry, ignore_errors=True)
@@ -325,6 +327,7 @@ def _arguments(recipe: Recipe, path: Path, options: Options, *, evaluate: bool) 
         seed=recipe.seed,
         use_cpu=not gpu,
         ddp_backend="gloo" if processes > 1 and not gpu else None,
+        ddp_find_unused_parameters=False,
         logging_steps=recipe.log_every,
         logging_nan_inf_filter=False,
         save_strategy="steps" if options.save else "no",
