@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 NEEDS = {
     "triton": [
         "test_triton_launch.py",
+        "test_triton_segments.py",
         *(f"test_{op}_triton.py" for op in ("delta_rule", "dplr", "gated_linear_attention", "selective_scan")),
     ],
     "numba": ["test_numba.py"],

@@ -26,6 +26,7 @@ from statetrack.ops.delta_rule.triton_decode import step
 from statetrack.ops.delta_rule.triton_plan import FULL_GPU, ROWS, Plan, plan_of, segments
 from statetrack.ops.triton_launch import bind
 from statetrack.ops.triton_operator import operator
+from statetrack.ops.triton_segments import compose_matrices
 
 
 def delta_rule_triton(
@@ -89,7 +90,7 @@ def _forward(
         return o, run(initial, final, plan.V, True, True), saved, F, A
     c = run(None, final, plan.V, True, False)
     A = run(None, _states(plan, plan.K, q), plan.K, False, False)
-    final = run(_compose(A, c, initial, plan.segments, transpose=False), c, plan.V, True, True)
+    final = run(compose_matrices(A, c, initial, plan.segments, back=False), c, plan.V, True, True)
     final = final.unflatten(0, (-1, plan.segments))[:, -1].contiguous()
     return o, final, saved, F, A if keep else A.new_empty(0)
 
@@ -102,17 +103,6 @@ def _states(plan: Plan, V: int, like: Tensor) -> Tensor:
 def new_state(q: Tensor, v: Tensor, packed: list[int]) -> Tensor:
     """Allocate a state per sequence."""
     return q.new_empty((len(packed) or q.shape[0], v.shape[3], q.shape[3], v.shape[4]), dtype=torch.float32)
-
-
-def _compose(A: Tensor, c: Tensor, first: Tensor | None, count: int, transpose: bool) -> Tensor:
-    """Return each segment's initial state [S H K V] under S <- A S + c (backwards and with A^T if transpose)."""
-    A, c = (x.unflatten(0, (-1, count)).double() for x in (A, c))
-    state = torch.zeros_like(c[:, 0]) if first is None else first.double()
-    out = [state] * count
-    for s in range(count - 1, -1, -1) if transpose else range(count):
-        out[s] = state.float()
-        state = (A[:, s].mT if transpose else A[:, s]) @ state + c[:, s]
-    return torch.stack(out, 1).flatten(0, 1)
 
 
 @_forward.register_fake
@@ -176,7 +166,7 @@ def _backward(
         plan.prepare(True)(grid, (k, beta, log_decay, *work, *where), plan.preparing(low, high))
         if plan.segments > 1:
             run(None, d_state, low, high, False)
-            ends = _compose(A, d_state, ends, plan.segments, transpose=True)
+            ends = compose_matrices(A, d_state, ends, plan.segments, back=True)
         run(ends, d_state, low, high, True)
         ends = d_state
         tensors = q, k, v, log_decay, d_out, *work[2:], saved, F, d_saved, dv, dq, dk, d_beta, d_decay, *where

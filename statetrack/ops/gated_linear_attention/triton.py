@@ -29,7 +29,7 @@ from statetrack.ops.gated_linear_attention.triton_plan import CHUNK, FULL_GPU, H
 from statetrack.ops.gated_linear_attention.triton_walk import step
 from statetrack.ops.triton_launch import bind
 from statetrack.ops.triton_operator import operator
-from statetrack.ops.triton_segments import compose
+from statetrack.ops.triton_segments import compose_factors
 
 
 def gated_linear_attention_triton(
@@ -81,7 +81,7 @@ def _forward(
         else:
             _end_of_segment(plan, decay, v, k, 1.0, final, back=False)
         out = ends.pop(0) if keep else torch.empty_like(final)
-        state = compose(_totals(plan, decay), final, state, out, plan.segments, back=False)
+        state = compose_factors(_totals(plan, decay), final, state, out, plan.segments, back=False)
     for chunks, end in zip(plan.ranges, ends, strict=True):
         plan.prepare(work, q, k, decay, chunks)
         _walk(plan, work, v, scale, state, chunks, o=o, final=end)
@@ -189,7 +189,7 @@ def _backward(
                 _walk_back(plan, work, d_out, scale, None if chunks[1] == plan.most else d_state, chunks, d_state)
         else:
             _end_of_segment(plan, decay, d_out, q, scale, d_state, back=True)
-        ends = compose(_totals(plan, decay), d_state, ends, torch.empty_like(d_state), plan.segments, back=True)
+        ends = compose_factors(_totals(plan, decay), d_state, ends, torch.empty_like(d_state), plan.segments, back=True)
     before = [*saved.unbind(0)] if plan.segments > 1 else [initial, *saved.unbind(0)]
     states, d_states = (q.new_empty((plan.pairs, plan.HV, plan.V, plan.K), dtype=plan.low) for _ in range(2))
     gather = _gather_key if plan.key else _gather_head(plan, q)

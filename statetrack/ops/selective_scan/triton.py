@@ -27,7 +27,7 @@ from statetrack.ops.selective_scan.triton_kernels import step
 from statetrack.ops.selective_scan.triton_plan import Plan, plan_of
 from statetrack.ops.triton_launch import bind
 from statetrack.ops.triton_operator import operator
-from statetrack.ops.triton_segments import compose
+from statetrack.ops.triton_segments import compose_factors
 
 
 def selective_scan_triton(
@@ -82,7 +82,7 @@ def _forward(
     if plan.segments > 1:
         P, c = torch.empty_like(final), final
         plan.walk(False, False)(grid, (u, dt, z, A, BC, skip, None, None, c, P, None, *where), numbers)
-        state = compose(P, c, state, torch.empty_like(c), plan.segments, back=False)
+        state = compose_factors(P, c, state, torch.empty_like(c), plan.segments, back=False)
     kept = saved if keep else None
     plan.walk(keep, True)(grid, (u, dt, z, A, BC, skip, y, state, final, None, kept, *where), numbers)
     if plan.segments > 1:
@@ -138,7 +138,7 @@ def _backward(
         P = torch.empty_like(d_state)
         tensors, numbers = (dt, z, A32, BC, dy, d_state, P, plan.starts), (plan.T, lo, hi - lo)
         plan.walk_back(False)(grid, tensors, numbers)
-        ends = compose(P, d_state, ends, torch.empty_like(d_state), plan.segments, back=True)
+        ends = compose_factors(P, d_state, ends, torch.empty_like(d_state), plan.segments, back=True)
     dA, parts = torch.empty_like(d_state), d_state.new_empty((plan.blocks, *BC.shape))
     d_skip, scratch, sums = (d_state.new_empty(shape) for shape in plan.backward.memory(plan.S, plan.D, plan.M))
     plan.walk_back(True)(
