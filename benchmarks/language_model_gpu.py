@@ -60,7 +60,7 @@ def ours(mode: str) -> Any:
         for block in model.model.blocks:
             block.compile()
     elif mode == "model":
-        model.model.compile()
+        model.compile()
     return model
 
 

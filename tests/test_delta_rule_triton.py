@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +21,8 @@ from statetrack.ops import delta_rule
 from statetrack.ops.delta_rule import triton_key_decay as key_kernels
 from statetrack.ops.delta_rule import triton_plan as plans
 from statetrack.ops.delta_rule.triton import delta_rule_step_
+
+from .alone import run_alone
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -307,12 +307,7 @@ def test_key_decay_is_registered_with_torch(packed):
 @gpu_only
 @pytest.mark.parametrize("gate", ["decay", "key decay"])
 def test_compile_graph_checkpoint(gate):
-    """In a process of its own: the checks of shapes that the tests install cannot be traced."""
-    root = Path(__file__).parent.parent
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
-    command = [sys.executable, "-m", "tests.test_delta_rule_triton", gate]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=root, env=env)
-    assert found.returncode == 0, found.stderr[-2000:]
+    run_alone("tests.test_delta_rule_triton", gate)
 
 
 def compile_graph_checkpoint(gate: str) -> None:

@@ -17,6 +17,7 @@ from statetrack.ops.dplr import triton as kernels
 from statetrack.ops.dplr.triton import dplr_step_
 
 from . import test_delta_rule_triton as delta
+from .alone import run_alone
 from .cases import DPLR, dplr_inputs
 
 DEVICE, error, gpu_only = delta.DEVICE, delta.error, delta.gpu_only
@@ -181,6 +182,10 @@ def test_auto_is_triton_on_a_gpu():
 
 @gpu_only
 def test_compile_graph_checkpoint():
+    run_alone("tests.test_dplr_triton")
+
+
+def compile_graph_checkpoint() -> None:
     x = draw(B=2, T=128, heads=(1, 4), K=64, V=64, dtype=BF16)
     plain = with_grads(x)
     again = with_grads(x, f=partial(checkpoint, dplr, use_reentrant=False))
@@ -193,3 +198,7 @@ def test_compile_graph_checkpoint():
             o, state = dplr(**x, scale=0.3)
         graph.replay()
     assert torch.equal(o, plain["o"]) and torch.equal(state, plain["state"])
+
+
+if __name__ == "__main__":
+    compile_graph_checkpoint()

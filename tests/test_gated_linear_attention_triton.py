@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from statetrack.ops.gated_linear_attention import triton_plan as plans
 from statetrack.ops.gated_linear_attention.triton import gated_linear_attention_step_
 
 from . import test_delta_rule_triton as delta
+from .alone import run_alone
 from .cases import EDGES, attention_inputs
 from .test_signed_decay import by_definition
 
@@ -244,6 +246,10 @@ def test_auto_is_triton_on_a_gpu(decay):
 @gpu_only
 @both_decays
 def test_compile_graph_checkpoint(decay):
+    run_alone("tests.test_gated_linear_attention_triton", decay)
+
+
+def compile_graph_checkpoint(decay: str) -> None:
     x = draw(B=2, T=128, heads=(1, 4), K=64, V=64, dtype=BF16, decay=decay)
     plain = with_grads(x)
     again = with_grads(x, f=partial(checkpoint, gated_linear_attention, use_reentrant=False))
@@ -256,3 +262,7 @@ def test_compile_graph_checkpoint(decay):
             o, state = gated_linear_attention(**x, scale=0.3)
         graph.replay()
     assert torch.equal(o, plain["o"]) and torch.equal(state, plain["state"])
+
+
+if __name__ == "__main__":
+    compile_graph_checkpoint(sys.argv[1])

@@ -17,6 +17,7 @@ from statetrack.ops.selective_scan import triton_plan as plans
 from statetrack.ops.selective_scan.triton import selective_scan_step_
 
 from . import test_delta_rule_triton as delta
+from .alone import run_alone
 from .cases import scan_inputs
 
 DEVICE, error, gpu_only = delta.DEVICE, delta.error, delta.gpu_only
@@ -270,6 +271,10 @@ def test_auto_is_triton_on_a_gpu():
 
 @gpu_only
 def test_compile_graph_checkpoint():
+    run_alone("tests.test_selective_scan_triton")
+
+
+def compile_graph_checkpoint() -> None:
     x = draw(B=2, T=128, D=64, M=16, dtype=BF16)
     plain = with_grads(x)
     again = with_grads(x, f=partial(checkpoint, selective_scan, use_reentrant=False))
@@ -283,3 +288,7 @@ def test_compile_graph_checkpoint():
             y, state = selective_scan(**x)
         graph.replay()
     assert torch.equal(y, want[0]) and torch.equal(state, want[1])
+
+
+if __name__ == "__main__":
+    compile_graph_checkpoint()
