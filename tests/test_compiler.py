@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -110,6 +111,17 @@ def test_groups_take_one_layer(group: str, structure: str):
     assert network.depth == 1
     assert_follows(network, words(network.automaton, 2, 200))
     assert network.certificate("bfloat16", "chunk").passed
+
+
+def test_large_groups_find_their_few_points_at_once():
+    """S6 on 6 points, by swaps: one factor; A7 as it stands on 7 points, in about a second."""
+    swaps = compile("group:S6_swaps", timeout=0)
+    assert swaps.factors == (1,) and swaps.widths == (6,)
+    began = time.process_time()
+    columns = [[1, 2, 3, 4, 5, 6, 0], [1, 2, 0, 3, 4, 5, 6]]
+    network = compile(Automaton(np.array(columns).T, output=np.arange(7)), timeout=0)
+    assert network.factors == (6,) and time.process_time() - began < 4  # 0.8 s on an idle core
+    assert_follows(network, words(network.automaton, 2, 100))
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -4,8 +4,8 @@ Where every letter permutes the states, the letters generate a group G, and the 
 faithful action. An action on the cosets of a subgroup H costs n - #cycles reflections a letter (no fewer will do for
 that representation); several heads, one action each, may do together what one costly action does: Z60 as 3 + 4 + 5
 points with 4 reflections instead of 60 points with 59. A head's columns are cosets followed at the same time. Searched
-among point stabilisers, cyclic and randomly generated subgroups: what is found is an upper bound. (Grazzi et al., arXiv
-2411.12537, Theorem 3 is the natural action.)
+among point stabilisers, large subgroups, cyclic and randomly generated ones: what is found is an upper bound. (Grazzi
+et al., arXiv 2411.12537, Theorem 3 is the natural action.)
 
 Letters: G elements, D cosets.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ from statetrack.compiler.assembly import Stage, chain, groups
 from statetrack.compiler.operations import Head, Operation, close_cycles
 
 MOST_ELEMENTS, TRIES, MOST_ACTIONS = 3000, 400, 40
+CLIMBS, LEAST, STEPS = 12, 4, 30  # large subgroups tried first, however late it is; elements tried to make one larger
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,35 @@ def _actions(group: Group, letters: list[int], deadline: float) -> list[Action]:
 
     for point in range(group.permutations.shape[1]):
         consider(group.permutations[:, point] == point)
-    for element in range(min(group.order, 200)):
-        consider(_generated(table, [element]))
-    for _ in range(TRIES):
-        if time.monotonic() > deadline:
+    for i, subgroup in enumerate(_subgroups(table, rng)):
+        if i >= LEAST and time.monotonic() > deadline:
             break
-        consider(_generated(table, rng.choices(range(group.order), k=rng.choice([2, 2, 3]))))
+        consider(subgroup)
     return sorted(found.values(), key=lambda a: (a.cost, len(a.images)))[:MOST_ACTIONS]
+
+
+def _subgroups(table: Int[np.ndarray, "G G"], rng: random.Random) -> Iterator[Bool[np.ndarray, "G"]]:
+    """Yield large subgroups first: their actions have few points and take little time."""
+    everything = range(len(table))
+    for _ in range(CLIMBS):
+        yield _climbed(table, rng)
+    for i in range(TRIES):
+        if i < min(len(table), 200):
+            yield _generated(table, [i])
+        yield _generated(table, rng.choices(everything, k=rng.choice([2, 2, 3])))
+        if i % 8 == 0:
+            yield _climbed(table, rng)
+
+
+def _climbed(table: Int[np.ndarray, "G G"], rng: random.Random) -> Bool[np.ndarray, "G"]:
+    """Return a large proper subgroup: elements are added as long as they do not generate everything."""
+    generators = [rng.randrange(len(table))]
+    subgroup = _generated(table, generators)
+    for _ in range(STEPS):
+        element = rng.randrange(len(table))
+        if not subgroup[element] and not (larger := _generated(table, [*generators, element])).all():
+            generators, subgroup = [*generators, element], larger
+    return subgroup
 
 
 def _generated(table: Int[np.ndarray, "G G"], generators: list[int]) -> Bool[np.ndarray, "G"]:
