@@ -114,9 +114,10 @@ def test_groups_take_one_layer(group: str, structure: str):
 
 
 def test_large_groups_find_their_few_points_at_once():
-    """S6 on 6 points, by swaps: one factor; A7 as it stands on 7 points, in about a second."""
+    """S6 on 6 points, by swaps: one factor; signs for each Z2; A7 as it stands on 7 points, in about a second."""
     swaps = compile("group:S6_swaps", timeout=0)
     assert swaps.factors == (1,) and swaps.widths == (6,)
+    assert compile("group:Z2 x Z2 x Z2 x Z2 x Z2", timeout=0).factors == (1,)  # five heads of two points
     began = time.process_time()
     columns = [[1, 2, 3, 4, 5, 6, 0], [1, 2, 0, 3, 4, 5, 6]]
     network = compile(Automaton(np.array(columns).T, output=np.arange(7)), timeout=0)

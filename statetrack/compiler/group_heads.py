@@ -53,11 +53,11 @@ def group_stage(automaton: Automaton, timeout: float) -> Stage | None:
     state = elements[:, automaton.start]
     actions = _actions(group, letters, time.monotonic() + timeout)
     best: tuple[tuple[int, int, int], tuple[Action, ...]] | None = None
-    for size in (1, 2, 3):
-        for chosen in itertools.combinations(actions, size):
-            cost = max(a.cost for a in chosen), sum(len(a.images) for a in chosen), size
-            if (best is None or cost < best[0]) and _determines([a.kernel for a in chosen], state):
-                best = cost, chosen
+    few = (chosen for size in (1, 2, 3) for chosen in itertools.combinations(actions[:MOST_ACTIONS], size))
+    for chosen in (*_cheapest(actions, state), *few):
+        cost = max(a.cost for a in chosen), sum(len(a.images) for a in chosen), len(chosen)
+        if (best is None or cost < best[0]) and _determines([a.kernel for a in chosen], state):
+            best = cost, chosen
     return None if best is None else _stage(best[1], letters, state)
 
 
@@ -75,6 +75,19 @@ def _closure(generators: Int[np.ndarray, "L Q"]) -> Int[np.ndarray, "G Q"] | Non
             return None
         todo += fresh
     return np.array(sorted(found), dtype=np.int64)
+
+
+def _cheapest(actions: list[Action], state: Int[np.ndarray, "G"]) -> Iterator[tuple[Action, ...]]:
+    """Yield the cheapest actions that determine the state together, however many: each tells more than those before."""
+    chosen: list[Action] = []
+    told = _joint([np.zeros_like(state)])
+    for action in actions:
+        more = _joint([told, action.kernel])
+        if more.max() > told.max():
+            chosen, told = [*chosen, action], more
+        if _determines([told], state):
+            yield tuple(chosen)
+            return
 
 
 def _actions(group: Group, letters: list[int], deadline: float) -> list[Action]:
@@ -98,7 +111,7 @@ def _actions(group: Group, letters: list[int], deadline: float) -> list[Action]:
         if i >= LEAST and time.monotonic() > deadline:
             break
         consider(subgroup)
-    return sorted(found.values(), key=lambda a: (a.cost, len(a.images)))[:MOST_ACTIONS]
+    return sorted(found.values(), key=lambda a: (a.cost, len(a.images)))
 
 
 def _subgroups(table: Int[np.ndarray, "G G"], rng: random.Random) -> Iterator[Bool[np.ndarray, "G"]]:
