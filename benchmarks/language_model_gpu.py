@@ -48,7 +48,7 @@ class Contender:
 
 
 def ours(mode: str) -> Any:
-    """Return our DeltaNet, with its blocks or the whole of it compiled."""
+    """Return our DeltaNet, with its blocks compiled or not."""
     from statetrack.hf import StateTrackConfig, StateTrackForCausalLM
     from statetrack.layers import DeltaProductConfig
 
@@ -59,8 +59,6 @@ def ours(mode: str) -> Any:
     if mode == "blocks":
         for block in model.model.blocks:
             block.compile()
-    elif mode == "model":
-        model.compile()
     return model
 
 
@@ -308,7 +306,7 @@ def main() -> None:
     parser.add_argument("mode", choices=("speed", "large"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=420, help="speed: begin nothing new after that")
-    parser.add_argument("--compile", nargs="+", default=["blocks"], choices=("blocks", "model", "off"))
+    parser.add_argument("--compile", nargs="+", default=["blocks"], choices=("blocks", "off"))
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--no-generation", action="store_true")
     parser.add_argument("--profile", action="store_true", help="speed: device time per kernel of a step")
