@@ -37,14 +37,14 @@ VARIANTS = {
     "batch": [
         "BACKWARD=4,2,4,4,168,8",
         "BACKWARD=4,1,4,4,128,8",
-        "BACKWARD=4,1,4,16,128,8",
+        "BACKWARD=4,1,4,8,128,8",
         "BACKWARD=4,1,4,8,128,4",
         "FORWARD=8,1,4,4",
     ],
     "long": [
         "BACKWARD=4,2,4,4,168,8",
         "BACKWARD=4,1,4,4,128,8",
-        "BACKWARD=4,1,4,16,128,8",
+        "BACKWARD=4,1,4,8,128,8",
         "FULL_GPU=4000",
         "FORWARD=8,2,4,8",
     ],

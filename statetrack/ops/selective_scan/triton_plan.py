@@ -62,7 +62,7 @@ class Schedule:
 
 
 FORWARD = [Schedule(8, 2, 4, 4), Schedule(8, 1, 2, 4)]  # many channels, few
-BACKWARD = [Schedule(4, 1, 4, 8, 128, 8), Schedule(8, 1, 2, 4, 168, 4)]  # a tile is a multiple of the forward's TOK
+BACKWARD = [Schedule(4, 1, 4, 16, 128, 8), Schedule(8, 1, 2, 4, 168, 4)]  # a tile is a multiple of the forward's TOK
 FULL_GPU = 2000  # warps that keep a GPU busy
 MIN_SEGMENT = 1024  # tokens
 PACKED = 4096  # values that one program of `pack` or `unpack` takes
